@@ -128,7 +128,7 @@ class TrainingConfig(Section):
     gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["bf16", "fp32"] = "fp32"
-    evaluations_per_epoch: Count = 1
+    evaluations_per_epoch: Annotated[float, Field(gt=0)] = Field(1, description="0.2 validates every fifth epoch")
     patience: Count = Field(3, description="evaluations without a better score before training stops")
     validation_examples: Count | None = Field(None, description="validation examples scored each time; unset: all")
     workers: Annotated[WorkersConfig, OPERATIONAL] = WorkersConfig()
@@ -153,15 +153,6 @@ class SasrecConfig(Section):
         return self
 
 
-class CandidatesConfig(Section):
-    """Candidate sets and similar users."""
-
-    size: Annotated[int, Field(ge=2)] = Field(10, description="K: the target and K - 1 negatives")
-    sampler: Literal["uniform", "popularity", "sasrec"] = "uniform"
-    similar_users: Count = 5
-    sasrec: SasrecConfig = SasrecConfig()
-
-
 class PoolConfig(Section):
     """Actors of one kind: between `min` and `max` of them, each with `cpus` and `gpus`."""
 
@@ -175,6 +166,16 @@ class PoolConfig(Section):
         if self.max < self.min:
             raise ValueError(f"max ({self.max}) is below min ({self.min})")
         return self
+
+
+class CandidatesConfig(Section):
+    """Candidate sets and similar users."""
+
+    size: Annotated[int, Field(ge=2)] = Field(10, description="K: the target and K - 1 negatives")
+    sampler: Literal["uniform", "popularity", "sasrec"] = "uniform"
+    similar_users: Count = 5
+    sasrec: SasrecConfig = SasrecConfig()
+    pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
 
 
 class EngineConfig(Section):
@@ -215,7 +216,7 @@ class RationalesConfig(Section):
 
     text: TextConfig = TextConfig()
     sampling: SamplingConfig = SamplingConfig()
-    max_reject_fraction: Fraction = 0.1
+    max_reject_fraction: Annotated[Fraction, OPERATIONAL] = 0.1
 
 
 class ThoughtSpaceConfig(Section):
@@ -228,7 +229,7 @@ class ThoughtSpaceConfig(Section):
     max_tokens: Count = 256
     drop_target: Fraction = Field(0.5, description="chance that the target is left out of a behaviour text in training")
     text: TextConfig = TextConfig(history_tokens=224)
-    encode_batch_size: Annotated[Count, OPERATIONAL] = 64
+    projected_examples: Count = Field(120, description="held-out examples drawn in the plot of the Thought Space")
     training: TrainingConfig = TrainingConfig(epochs=3, batch_size=32, lr=2e-5)
 
 
@@ -241,7 +242,7 @@ class TreeConfig(Section):
     )
     text: TextConfig = TextConfig()
     sampling: SamplingConfig = SamplingConfig()
-    max_reject_fraction: Fraction = 0.1
+    max_reject_fraction: Annotated[Fraction, OPERATIONAL] = 0.1
 
 
 class SelectConfig(Section):
@@ -290,7 +291,6 @@ class EvaluateConfig(Section):
     splits: Annotated[tuple[Literal["validation", "test"], ...], Field(min_length=1)] = ("test",)
     bootstrap_samples: Count = 2000
     report_users: Annotated[int, Field(ge=0)] = Field(5, description="users whose tree and ranking the report shows")
-    projected_examples: Count = Field(300, description="points of each kind in the Thought Space plot")
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
     token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the scorer")
 

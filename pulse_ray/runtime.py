@@ -15,10 +15,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
+import ray.data
 
 from pulse_ray.config import ClusterConfig, PoolConfig
 from pulse_ray.errors import ArtifactError, PulseError
@@ -52,9 +54,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         }
     else:
         settings["address"] = config.address
-    # Ray would hide GPUs from a driver or an actor that asks for none; vLLM and DeepSpeed decide for themselves.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+        _prepare_environment()
     try:
         ray.init(**settings)
     except ConnectionError as error:
@@ -62,17 +62,33 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
             f"no Ray cluster at '{config.address}'",
             remedy="Start one with `ray start --head`, or unset cluster.address",
         ) from error
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # It warns that bars are off.
+    ray.data.DataContext.get_current().enable_progress_bars = False
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def _prepare_environment() -> None:
+    """Variables that a local Ray hands down to its workers."""
+    # Ray would hide GPUs from an actor that asks for none; vLLM and DeepSpeed decide for themselves.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Threads that wait must not spin: several processes share the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    cpu = Path("/proc/cpuinfo")
+    flags = cpu.read_text().partition("flags")[2].partition("\n")[0].split() if cpu.exists() else []
+    if "avx2" in flags and "avx512f" not in flags:
+        # MKL takes its slowest path on AMD processors unless it is told what they can do: 63 against 142 GFLOP/s.
+        os.environ.setdefault("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardOutput:
     """What a worker made of one part.
 
-    `tables` holds one table for each output of the stage, all keyed by `example_id`; `rejects` are keyed by it too.
+    `tables` holds one table for each output that `run_shards` makes, all keyed by `example_id`, as `rejects` are.
     `examples` is the number of examples that the worker was given. Every one of them must be in each table or among
     the rejects. `figures` are added up over parts and shown as progress, e.g. `{"tokens": 4096}`.
     """
@@ -95,6 +111,7 @@ def run_shards(
     worker: Callable[..., ShardWorker],
     *args: Any,
     pool: PoolConfig,
+    outputs: Sequence[str] | None = None,
     in_flight: int = 1,
     title: str,
 ) -> dict[str, float]:
@@ -104,6 +121,7 @@ def run_shards(
         parts: names of all parts; those that are committed already are left alone.
         worker: class of the actors' work; called with `*args`.
         pool: how many actors, and what each takes of the cluster.
+        outputs: what the worker makes; unset means every output. A stage that also writes folders names its tables.
         in_flight: parts that one actor works on at once (for workers whose call is async).
         title: what the progress line says.
 
@@ -113,14 +131,14 @@ def run_shards(
     Raises:
         PulseError: as raised by a worker.
     """
-    last = stage.spec.outputs[-1]
-    todo = stage.todo(parts, last)
+    outputs = stage.spec.outputs if outputs is None else tuple(outputs)
+    todo = stage.todo(parts, outputs[-1])
     totals: Counter[str] = Counter()
     if not todo:
         return {}
     data = ray.data.from_items([{"part": part} for part in todo], override_num_blocks=len(todo)).map(
         _Committer,
-        fn_constructor_args=(stage, worker, args),
+        fn_constructor_args=(stage, outputs, worker, args),
         compute=ray.data.ActorPoolStrategy(
             min_size=min(pool.min, len(todo)),
             max_size=min(pool.max, len(todo)),
@@ -146,8 +164,11 @@ def run_shards(
 class _Committer:
     """Runs a worker inside an actor, checks that no example was lost, and commits the parts that it made."""
 
-    def __init__(self, stage: StageRun, worker: Callable[..., ShardWorker], args: Sequence[Any]) -> None:
+    def __init__(
+        self, stage: StageRun, outputs: Sequence[str], worker: Callable[..., ShardWorker], args: Sequence[Any]
+    ) -> None:
         self.stage = stage
+        self.outputs = outputs
         self.worker = worker(*args)
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -166,14 +187,14 @@ class _Committer:
             }
         self._check(part, output)
         self.stage.reject(part, output.rejects)
-        for name in self.stage.spec.outputs:  # `todo` looks at the last output, so the others must be there before it.
+        for name in self.outputs:  # `todo` looks at the last output, so the others must be there before it.
             self.stage.output(name).write(part, output.tables[name])
         figures = {"examples": output.examples, **output.figures}
         return {"part": part, "error": None, "names": list(figures), "values": [float(v) for v in figures.values()]}
 
     def _check(self, part: Part, output: ShardOutput) -> None:
         rejected = {entry.key for entry in output.rejects}
-        for name in self.stage.spec.outputs:
+        for name in self.outputs:
             kept = set(output.tables[name].column("example_id").to_pylist())
             assert not kept & rejected, f"{self.stage.spec.name}/{part}: an example is both in {name} and rejected"
             assert len(kept) + len(rejected) == output.examples, (

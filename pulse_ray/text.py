@@ -10,7 +10,6 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from html.parser import HTMLParser
 
 from pulse_ray.schema import History, Interaction, Item
 
@@ -19,28 +18,10 @@ CountTokens = Callable[[str], int]
 
 _SPACE = re.compile(r"\s+")
 _SPECIAL = re.compile(r"<\|([^|<>]{0,40})\|>")
-_UNSEEN = {"script", "style", "head", "title"}
-
-
-class _Visible(HTMLParser):
-    """Collects what a browser would show."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.pieces: list[str] = []
-        self._hidden = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._hidden += tag in _UNSEEN
-        self.pieces.append(" ")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._hidden -= tag in _UNSEEN and self._hidden > 0
-        self.pieces.append(" ")
-
-    def handle_data(self, data: str) -> None:
-        if not self._hidden:
-            self.pieces.append(data)
+_HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)", re.DOTALL | re.IGNORECASE)
+_TAG = re.compile(r"</?[A-Za-z!][^<>]*>")
+# A tag that the text ends in: a bare name, or a name with an attribute. "a <b in words" is neither.
+_CUT_TAG = re.compile(r"<[/!]?[A-Za-z][\w-]*(?:\s*/?|\s[^<>=]*=[^<>]*)$")
 
 
 def clean(raw: str | None) -> str:
@@ -57,16 +38,18 @@ def clean(raw: str | None) -> str:
     """
     if not raw:
         return ""
-    text = html.unescape(html.unescape(raw))
+    text = _SPACE.sub(" ", html.unescape(html.unescape(raw)))
+    if not text.isprintable():
+        text = "".join(map(_printable, text))
     if "<" in text:
-        # An unclosed tag at the end would be kept as text by the parser.
-        text = re.sub(r"<[A-Za-z/!][^<>]*$", " ", text)
-        parser = _Visible()
-        parser.feed(text)
-        parser.close()
-        text = "".join(parser.pieces)
-    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs") else c for c in text)
+        text = _CUT_TAG.sub(" ", _TAG.sub(" ", _HIDDEN.sub(" ", text)))
     return _SPACE.sub(" ", text).strip()
+
+
+def _printable(character: str) -> str:
+    # Format characters (soft hyphens, joiners, direction marks) stand inside words; the others stand between them.
+    category = unicodedata.category(character)
+    return "" if category == "Cf" else " " if category in ("Cc", "Co", "Cs") else character
 
 
 def neutralise(text: str, special_tokens: Iterable[str] = ()) -> str:
@@ -93,8 +76,8 @@ def clip_words(text: str, words: int) -> str:
 def item_text(title: str, description: str, brand: str, categories: Sequence[str]) -> tuple[str, str]:
     """An item's title and the text that models see, from cleaned fields.
 
-    A usable title stands for itself; the brand is added where the title does not name it. Without a usable title, brand,
-    most specific category and the beginning of the description take its place.
+    A usable title stands for itself; the brand is added where the title does not name it. Without a usable title,
+    brand, most specific category and the beginning of the description take its place. Both are empty where all are.
 
     >>> item_text("", "Written by and for musicians.", "String Letter", ["Magazines", "Music"])
     ('String Letter, Music: Written by and for musicians.', 'String Letter, Music: Written by and for musicians.')
@@ -104,7 +87,9 @@ def item_text(title: str, description: str, brand: str, categories: Sequence[str
     if title:
         named = not brand or brand.casefold() in title.casefold()
         return title, title if named else f"{title} ({brand})"
-    head = ", ".join(part for part in (brand, categories[-1] if categories else "") if part)
+    # The most specific category alone ("Women") says too little where no description explains it.
+    kinds = categories[-1:] if description else [*categories[:-1][:1], *categories[-1:]]
+    head = ", ".join(part for part in (brand, *kinds) if part)
     made = ": ".join(part for part in (head, clip_words(description, 16)) if part)
     return made, made
 

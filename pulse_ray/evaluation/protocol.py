@@ -1,0 +1,140 @@
+"""From scores to the rows of `metrics.json`: which examples count, which label a number carries, one row a model.
+
+Every model is measured on the same stored candidates of the same examples. An example whose tree was rejected counts
+for every model like any other; it is ranked without a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pulse_ray import metrics, seeding
+from pulse_ray.config import Config
+
+Protocol = Literal["deployable", "oracle"]
+BASELINES = ("popularity", "sasrec")
+"""Models that every ranker is compared with; they see no text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRow:
+    """What one model reached on one domain's split.
+
+    `values` and the ends in `intervals` are keyed as `metrics.GAINS`; all lie between 0 and 1.
+    """
+
+    model: str
+    protocol: Protocol
+    train_domain: str
+    domain: str
+    split: str
+    candidates: int
+    n: int
+    values: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+
+    def to_json(self) -> dict[str, str | int | float]:
+        """The row as `metrics.json` holds it: `hr@1`, `hr@1_low`, `hr@1_high`, …"""
+        row: dict[str, str | int | float] = {
+            "model": self.model,
+            "protocol": self.protocol,
+            "train_domain": self.train_domain,
+            "domain": self.domain,
+            "split": self.split,
+            "candidates": self.candidates,
+            "n": self.n,
+        }
+        for name, value in self.values.items():
+            low, high = self.intervals[name]
+            row |= {name: value, f"{name}_low": low, f"{name}_high": high}
+        return row
+
+
+class Tally:
+    """Histograms of ranks by domain, split and model: all that is kept of the scores, however many there are."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str, str], NDArray[np.int64]] = {}
+
+    def add(self, scores: pa.Table) -> None:
+        """Counts a part of the `scores` table; columns example_id, split, variant, logits and rank are read."""
+        columns = scores.append_column("size", pc.list_value_length(scores.column("logits")))
+        for row in columns.select(["example_id", "split", "variant", "rank", "size"]).to_pylist():
+            key = (domain_of(row["example_id"]), row["split"], row["variant"])
+            counts = self.counts.setdefault(key, np.zeros(row["size"], dtype=np.int64))
+            assert len(counts) == row["size"], f"{row['example_id']} has {row['size']} candidates, others {len(counts)}"
+            counts[row["rank"] - 1] += 1
+
+
+def domain_of(example_id: str) -> str:
+    """The domain that an example belongs to.
+
+    >>> domain_of("shop/u/17/4")
+    'shop'
+    """
+    return example_id.split("/", 1)[0]
+
+
+def models(config: Config) -> tuple[str, ...]:
+    """Everything that is measured, in the order in which it is shown."""
+    return (*BASELINES, *config.ranker.variants)
+
+
+def main_variant(config: Config) -> str:
+    """The method itself, where it was trained; else the last variant."""
+    variants = config.ranker.variants
+    return "thought_space" if "thought_space" in variants else variants[-1]
+
+
+def protocol_of(model: str, config: Config) -> Protocol:
+    """The protocol under which a ranker's reasons were selected; what is given no reason is `deployable`."""
+    return "deployable" if model in (*BASELINES, "none") else config.select.protocol
+
+
+def metric_rows(tally: Tally, config: Config) -> list[MetricRow]:
+    """One row for each domain, split and model.
+
+    Raises:
+        AssertionError: the models were not all measured on the same number of examples.
+    """
+    train_domain = "+".join(domain.name for domain in config.prepare.domains)
+    rows = []
+    for domain, split in sorted({key[:2] for key in tally.counts}, key=lambda key: _place(key, config)):
+        sizes = {int(tally.counts[domain, split, model].sum()) for model in models(config)}
+        assert len(sizes) == 1, f"models were measured on different examples of {domain} {split}: {sorted(sizes)}"
+        for model in models(config):
+            counts = tally.counts[domain, split, model]
+            seed = seeding.derive(config.seed, "bootstrap", domain, split, model)
+            rows.append(
+                MetricRow(
+                    model=model,
+                    protocol=protocol_of(model, config),
+                    train_domain=train_domain,
+                    domain=domain,
+                    split=split,
+                    candidates=len(counts),
+                    n=int(counts.sum()),
+                    values=metrics.means(counts),
+                    intervals=metrics.intervals(counts, samples=config.evaluate.bootstrap_samples, seed=seed),
+                )
+            )
+    return rows
+
+
+def best(rows: Sequence[MetricRow], metric: str) -> float | None:
+    """The best value that a model reached without seeing the label; None where there is no such model."""
+    return max((row.values[metric] for row in rows if row.protocol == "deployable"), default=None)
+
+
+def _place(key: tuple[str, str], config: Config) -> tuple[int, int]:
+    domain, split = key
+    names = [entry.name for entry in config.prepare.domains]
+    splits: list[str] = [*config.evaluate.splits]
+    return names.index(domain), splits.index(split)

@@ -1,0 +1,142 @@
+"""The ranker's model: a causal language model with its own sequence-classification head of one label, under LoRA.
+
+The head is the model's own, so a saved adapter loads with plain transformers and PEFT, and gives on plain text the
+logits that packed rows give.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pulse_ray import models
+from pulse_ray.config import LoraConfig, RankerConfig
+from pulse_ray.errors import ArtifactError, TrainingError
+from pulse_ray.ranker.packing import PackedBatch
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
+"""Attention projections as Llama, Qwen, Gemma, Mistral (separate) and Phi-3/4 (fused) name them."""
+MLP = ("gate_proj", "up_proj", "gate_up_proj", "down_proj")
+
+
+class PackedRanker(nn.Module):
+    """A PEFT model whose forward takes packed rows and gives one logit per candidate."""
+
+    def __init__(self, model: PeftModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Logits: [B, K] float32. Only the ends of the candidates go through the head."""
+        base = self.model.get_base_model()
+        backbone = getattr(base, base.base_model_prefix)
+        # The 4-D mask must be given: without one, transformers takes restarting positions for separate sequences.
+        hidden_BLD = backbone(
+            input_ids=batch.input_ids_BL,
+            position_ids=batch.positions_BL,
+            attention_mask=batch.mask_B1LL,
+            use_cache=False,
+        ).last_hidden_state
+        rows_B1 = torch.arange(len(hidden_BLD), device=hidden_BLD.device)[:, None]
+        logits_BK: torch.Tensor = base.score(hidden_BLD[rows_B1, batch.ends_BK]).squeeze(-1)
+        return logits_BK.float()
+
+
+def tokenizer(name: str) -> Any:
+    """The tokenizer of a base model."""
+    return AutoTokenizer.from_pretrained(models.resolve(name))
+
+
+def base_model(name: str, dtype: torch.dtype) -> nn.Module:
+    """A language model as a sequence classifier with one label; the head is new.
+
+    Raises:
+        ArtifactError: the architecture has no sequence-classification form.
+    """
+    folder = models.resolve(name)
+    # transformers reports the new head as missing from the checkpoint, which is just what it is.
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, dtype=dtype, attn_implementation="sdpa"
+        )
+    except ValueError as error:
+        raise ArtifactError(f"model '{name}' cannot rank: {error}", remedy="Choose a causal language model") from error
+    if model.config.pad_token_id is None:
+        known = tokenizer(name)
+        model.config.pad_token_id = known.pad_token_id if known.pad_token_id is not None else known.eos_token_id
+    return model  # type: ignore[no-any-return]
+
+
+def create(config: RankerConfig) -> PackedRanker:
+    """An untrained ranker: base model, LoRA and a new head."""
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    model = base_model(config.model, dtype)
+    adapted = get_peft_model(
+        model,
+        PeftLoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=config.lora.r,
+            lora_alpha=config.lora.alpha,
+            lora_dropout=config.lora.dropout,
+            target_modules=lora_targets(model, config.lora),
+        ),
+        autocast_adapter_dtype=False,  # DeepSpeed keeps fp32 master weights.
+    )
+    # The adapter must name the model, not the folder of this machine that it was read from.
+    adapted.peft_config["default"].base_model_name_or_path = config.model
+    if config.gradient_checkpointing:
+        adapted.enable_input_require_grads()
+        adapted.gradient_checkpointing_enable()
+    return PackedRanker(adapted)
+
+
+def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Names of the projections to adapt that this architecture has.
+
+    Raises:
+        ArtifactError: it has none of the known ones.
+    """
+    wanted = ATTENTION if config.targets == "attention" else (*ATTENTION, *MLP)
+    present = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    found = [name for name in wanted if name in present]
+    if not found:
+        raise ArtifactError(
+            f"{type(model).__name__} has no projection named {', '.join(wanted)}",
+            remedy="Choose a Llama, Qwen, Gemma, Mistral or Phi model",
+        )
+    return found
+
+
+def save(ranker: PackedRanker, folder: Path, config: RankerConfig) -> None:
+    """Writes the adapter and the head as a PEFT folder, and checks what was written.
+
+    Raises:
+        TrainingError: a saved tensor is empty or not finite.
+    """
+    # The vocabulary is the base model's; looking whether it grew would ask the model hub.
+    ranker.model.save_pretrained(str(folder), save_embedding_layers=False)
+    for name, value in load_file(folder / "adapter_model.safetensors").items():
+        if value.numel() == 0 or not torch.isfinite(value).all():
+            raise TrainingError(
+                f"the saved adapter's tensor '{name}' is empty or not finite", remedy="Use ranker.training.zero_stage 2"
+            )
+    (folder / "ranker.json").write_text(json.dumps(config.model_dump(mode="json"), indent=2))
+
+
+def load(folder: Path, config: RankerConfig) -> PackedRanker:
+    """A trained ranker from a PEFT folder that `save` wrote, ready for inference."""
+    cuda = torch.cuda.is_available()
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    model = base_model(config.model, dtype)
+    adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+    return PackedRanker(adapted.to(dtype)).to("cuda" if cuda else "cpu").eval()

@@ -1,0 +1,87 @@
+"""The `rationales` stage: why users chose their targets, for training examples alone."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from pulse_ray import catalogue
+from pulse_ray.generation import gates
+from pulse_ray.generation.engine import Completion, Engine
+from pulse_ray.generation.gates import Flaw
+from pulse_ray.generation.pool import generate
+from pulse_ray.rationales import prompts
+from pulse_ray.runtime import ShardOutput
+from pulse_ray.schema import Example, Reject, examples, table
+from pulse_ray.seeding import derive
+from pulse_ray.workspace import Part, StageRun
+
+
+def run(stage: StageRun) -> None:
+    """Reads items and training examples; writes rationales."""
+    generate(
+        stage,
+        stage.input("examples").parts("train"),
+        RationaleWorker,
+        stage,
+        title="rationales: Phase I",
+        max_reject_fraction=stage.config.rationales.max_reject_fraction,
+    )
+
+
+class RationaleWorker:
+    """Writes the rationales of a part, all at the same time."""
+
+    def __init__(self, stage: StageRun) -> None:
+        self.stage = stage
+        self.config = stage.config.rationales
+        self.engine = Engine(stage.config.engine)
+        self.items = catalogue.load(stage.input("items"))
+
+    async def __call__(self, part: Part) -> ShardOutput:
+        given = list(examples(self.stage.input("examples").read(part)))
+        written = await asyncio.gather(*map(self._write, given))
+        rows: list[dict[str, Any]] = []
+        rejects: list[Reject] = []
+        for example, rationale in zip(given, written, strict=True):
+            key = example.history.example_id
+            if isinstance(rationale, Flaw):
+                rejects.append(Reject(key=key, reason=rationale.reason, detail=rationale.detail))
+            else:
+                rows.append(_row(key, self.stage.config.engine.model, rationale))
+        return ShardOutput(
+            tables={"rationales": table("rationales", rows)},
+            examples=len(given),
+            rejects=rejects,
+            figures={"tokens": sum(row["num_tokens"] for row in rows)},
+        )
+
+    async def _write(self, example: Example) -> Completion | Flaw:
+        assert example.split == "train", f"{example.history.example_id} is held out"
+        messages = prompts.rationale_messages(
+            example,
+            self.items[example.history.domain],
+            count=self.engine.count,
+            max_tokens=self.config.text.history_tokens,
+            review_words=self.config.text.review_words,
+            special_tokens=self.engine.special_tokens,
+        )
+
+        def seed(attempt: int) -> int:
+            return derive(self.stage.config.seed, "rationales", example.history.example_id, attempt)
+
+        return await gates.draw(
+            self.engine, self.engine.render(messages), prompts.INSTRUCTION, self.config.sampling, seed
+        )
+
+
+def _row(example_id: str, model: str, rationale: Completion) -> dict[str, Any]:
+    return {
+        "example_id": example_id,
+        "text": rationale.text,
+        "model": model,
+        "prompt_sha": prompts.TEMPLATE_SHA,
+        "seed": rationale.seed,
+        "finish_reason": rationale.finish_reason,
+        "num_tokens": rationale.num_tokens,
+    }

@@ -1,0 +1,108 @@
+"""The encoders of the Thought Space: E1 reads rationales, E2 reads behaviours. Kept as sentence-transformers folders.
+
+`Encoders` is one module, so that both towers train under one DeepSpeed engine; with a shared tower they are the same
+object and its weights are stored once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from torch import nn
+from torch.nn import functional as F
+
+from pulse_ray import models
+from pulse_ray.text import CountTokens
+
+Tower = Literal["rationale", "history"]
+TOWERS: tuple[Tower, Tower] = ("rationale", "history")
+ENCODE_BATCH = 64
+
+
+class Encoders(nn.Module):
+    """Rationale encoder E1 and history encoder E2.
+
+    Args:
+        rationale: reads rationales, reasons and thoughts.
+        history: reads behaviours; may be the same object.
+    """
+
+    def __init__(self, rationale: SentenceTransformer, history: SentenceTransformer) -> None:
+        super().__init__()
+        self.rationale, self.history = rationale, history
+
+    @classmethod
+    def create(cls, model: str, max_tokens: int, *, shared: bool) -> Encoders:
+        """Untrained encoders from a model's name: mean pooling, `max_tokens` tokens."""
+        rationale = _open(models.resolve(model), max_tokens)
+        return cls(rationale, rationale if shared else _open(models.resolve(model), max_tokens))
+
+    @classmethod
+    def load(cls, folder: Path) -> Encoders:
+        """Encoders in a folder that `save` wrote, ready for inference."""
+        rationale = SentenceTransformer(str(folder / "rationale"), device=_device())
+        separate = (folder / "history").exists()
+        return cls(
+            rationale, SentenceTransformer(str(folder / "history"), device=_device()) if separate else rationale
+        ).eval()
+
+    def save(self, folder: Path) -> None:
+        """Writes `rationale/` and, unless the tower is shared, `history/`."""
+        self.rationale.save(str(folder / "rationale"), create_model_card=False)
+        if self.history is not self.rationale:
+            self.history.save(str(folder / "history"), create_model_card=False)
+
+    def forward(
+        self, rationales: dict[str, torch.Tensor], behaviours: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors of both sides: ([B, D], [B, D]). Each argument holds `input_ids` and `attention_mask`: [B, L]."""
+        return self._embed(self.rationale, rationales), self._embed(self.history, behaviours)
+
+    @staticmethod
+    def _embed(tower: SentenceTransformer, features: dict[str, torch.Tensor]) -> torch.Tensor:
+        return F.normalize(tower(dict(features))["sentence_embedding"], dim=-1)
+
+    def tokens(self, tower: Tower, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Token features of texts, padded to the longest: each [B, L]."""
+        model = getattr(self, tower)
+        features = model.preprocess(list(texts))
+        return {name: value.to(model.device) for name, value in features.items() if isinstance(value, torch.Tensor)}
+
+    def encode(self, tower: Tower, texts: Sequence[str]) -> np.ndarray:
+        """Unit vectors of texts: [n, D] float32, batched by length."""
+        model: SentenceTransformer = getattr(self, tower)
+        vectors = model.encode(
+            list(texts),
+            batch_size=ENCODE_BATCH,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+        )
+        return cast(np.ndarray, vectors.astype(np.float32)).reshape(len(texts), -1)
+
+    def counter(self, tower: Tower) -> CountTokens:
+        """Counts tokens as the tower's tokenizer does."""
+        tokenizer = getattr(self, tower).tokenizer
+        return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _open(folder: Path, max_tokens: int) -> SentenceTransformer:
+    """A sentence-transformers folder as it is, or any transformers encoder with mean pooling on top."""
+    if (folder / "modules.json").exists():
+        model = SentenceTransformer(str(folder), device=_device())
+    else:
+        transformer = Transformer(str(folder))
+        pooling = Pooling(transformer.get_embedding_dimension(), "mean")
+        model = SentenceTransformer(modules=[transformer, pooling], device=_device())
+    model.max_seq_length = max_tokens
+    return model
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,163 @@
+"""Training of the Thought Space: rationale and behaviour pairs, InfoNCE, and retrieval accuracy on held-out users."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from pulse_ray import catalogue
+from pulse_ray.config import ThoughtSpaceConfig
+from pulse_ray.schema import Example, examples
+from pulse_ray.seeding import derive
+from pulse_ray.text import behaviour_text
+from pulse_ray.thought_space.encoders import Encoders
+from pulse_ray.thought_space.loss import allowed_negatives, info_nce, sample_negatives
+from pulse_ray.workspace import Artefact
+
+HELD_OUT_OF = 5
+"""One user in so many is held out of training, to measure retrieval on."""
+RETRIEVAL_POOL = 100
+LOSS_BATCH = 32
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pair:
+    """A training example and the rationale written for it."""
+
+    example: Example
+    rationale: str
+
+    @property
+    def user(self) -> str:
+        """Names the user across domains."""
+        return f"{self.example.history.domain}/{self.example.history.user_id}"
+
+    @property
+    def target(self) -> str:
+        """Names the target across domains."""
+        return f"{self.example.history.domain}/{self.example.target_item}"
+
+
+def pairs(examples_artefact: Artefact, rationales: Artefact) -> Iterator[Pair]:
+    """Training examples with their rationales, in order of parts; rejected ones are not among them."""
+    for part in rationales.parts("train"):
+        written = rationales.read(part, ["example_id", "text"]).to_pylist()
+        texts = {row["example_id"]: row["text"] for row in written}
+        for example in examples(examples_artefact.read(part)):
+            if example.history.example_id in texts:
+                yield Pair(example=example, rationale=texts[example.history.example_id])
+
+
+def held_out(pair: Pair, seed: int) -> bool:
+    """Whether a user is kept for measurement. A property of the user's name, so all of its examples go together."""
+    return derive(seed, "held out", pair.user) % HELD_OUT_OF == 0
+
+
+class Behaviours:
+    """Behaviour texts for a history encoder, within its token budget."""
+
+    def __init__(self, config: ThoughtSpaceConfig, encoders: Encoders, items: catalogue.Catalogue) -> None:
+        self.config, self.items = config, items
+        self.count = encoders.counter("history")
+        self._known: dict[tuple[str, bool], str] = {}
+
+    def text(self, example: Example, *, with_target: bool) -> str:
+        """b_u of Eq. 1, or the history alone."""
+        key = (example.history.example_id, with_target)
+        if key not in self._known:
+            self._known[key] = behaviour_text(
+                example.history,
+                self.items[example.history.domain],
+                example.target_item if with_target else None,
+                count=self.count,
+                max_tokens=self.config.text.history_tokens,
+                review_words=self.config.text.review_words,
+            )
+        return self._known[key]
+
+
+class ThoughtSpaceTask:
+    """Trains both encoders; validates by loss and by retrieval of one's own history among `RETRIEVAL_POOL`."""
+
+    monitor = "loss"
+    higher_is_better = False
+    validate_first = True
+
+    def __init__(
+        self, config: ThoughtSpaceConfig, items: Artefact, examples_artefact: Artefact, rationales: Artefact, seed: int
+    ) -> None:
+        self.config, self.seed = config, seed
+        self.encoders = Encoders.create(config.model, config.max_tokens, shared=config.shared_tower)
+        self.behaviours = Behaviours(config, self.encoders, catalogue.load(items))
+        both: dict[bool, list[Pair]] = {True: [], False: []}
+        for pair in pairs(examples_artefact, rationales):
+            both[held_out(pair, seed)].append(pair)
+        self.held, self.train = both[True], both[False]
+
+    def module(self) -> nn.Module:
+        return self.encoders.float()
+
+    def __len__(self) -> int:
+        return len(self.train)
+
+    def losses(self, engine: nn.Module, indices: Sequence[int]) -> torch.Tensor:
+        chosen = [self.train[index] for index in indices]
+        dropped = (torch.rand(len(chosen)) < self.config.drop_target).tolist()
+        texts = [self.behaviours.text(p.example, with_target=not drop) for p, drop in zip(chosen, dropped, strict=True)]
+        return self._losses(engine, chosen, texts, self.config.negatives)
+
+    def _losses(self, engine: nn.Module, chosen: list[Pair], texts: list[str], negatives: int | str) -> torch.Tensor:
+        rationales_BD, behaviours_BD = engine(
+            rationales=self.encoders.tokens("rationale", [pair.rationale for pair in chosen]),
+            behaviours=self.encoders.tokens("history", texts),
+        )
+        allowed_BB = allowed_negatives([pair.user for pair in chosen], [pair.target for pair in chosen])
+        negatives_BB = sample_negatives(allowed_BB, negatives).to(rationales_BD.device)  # type: ignore[arg-type]
+        return info_nce(rationales_BD, behaviours_BD, negatives_BB, self.config.temperature)
+
+    def validate(self, engine: nn.Module, rank: int, world: int) -> dict[str, tuple[float, int]]:
+        total = 0.0
+        share = self.held[rank::world]
+        for start in range(0, len(share), LOSS_BATCH):
+            chosen = share[start : start + LOSS_BATCH]
+            texts = [self.behaviours.text(pair.example, with_target=True) for pair in chosen]
+            total += float(self._losses(engine, chosen, texts, "all").sum())
+        hits = {
+            name: self._retrieved(share, with_target=with_target)
+            for name, with_target in (("r@1", True), ("r@1_history_only", False))
+        }
+        return {"loss": (total, len(share)), **{name: (found, len(share)) for name, found in hits.items()}}
+
+    def _retrieved(self, queries: list[Pair], *, with_target: bool) -> int:
+        """Held-out rationales whose own behaviour is nearest among `RETRIEVAL_POOL` behaviours of distinct users."""
+        if not queries:
+            return 0
+        pool = self._pool()
+        texts = [self.behaviours.text(pair.example, with_target=with_target) for pair in pool]
+        pool_ND = self.encoders.encode("history", texts)
+        place = {pair.example.history.example_id: row for row, pair in enumerate(pool)}
+        rationales = self.encoders.encode("rationale", [pair.rationale for pair in queries])
+        rng = np.random.default_rng(derive(self.seed, "retrieval"))
+        found = 0
+        for pair, vector in zip(queries, rationales, strict=True):
+            own = place[pair.example.history.example_id]
+            others = np.array([row for row, other in enumerate(pool) if other.user != pair.user])
+            rivals = rng.permutation(others)[: RETRIEVAL_POOL - 1]
+            found += int(pool_ND[own] @ vector > (pool_ND[rivals] @ vector).max(initial=-np.inf))
+        return found
+
+    def _pool(self) -> list[Pair]:
+        """Held-out pairs, filled up with training pairs as distractors where there are too few."""
+        return self.held + self.train[: max(0, RETRIEVAL_POOL - len(self.held))]
+
+    def save(self, module: nn.Module, folder: Path) -> None:
+        assert isinstance(module, Encoders)
+        module.save(folder)
+
+    def names(self, indices: Sequence[int]) -> list[str]:
+        return [self.train[index].example.history.example_id for index in indices]

@@ -1,0 +1,101 @@
+"""The `tree` stage: a tree of thoughts for every history of every split, each tree inside one engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from pulse_ray import catalogue
+from pulse_ray.generation import gates
+from pulse_ray.generation.engine import Completion, Engine
+from pulse_ray.generation.gates import Flaw
+from pulse_ray.generation.pool import generate
+from pulse_ray.runtime import ShardOutput
+from pulse_ray.schema import History, Reject, histories, table
+from pulse_ray.seeding import derive
+from pulse_ray.tree import prompts
+from pulse_ray.tree.search import Node, grow
+from pulse_ray.workspace import Part, StageRun
+
+
+def run(stage: StageRun) -> None:
+    """Reads items, histories and neighbours; writes thoughts."""
+    generate(
+        stage,
+        stage.input("examples").parts(),
+        TreeWorker,
+        stage,
+        title="tree: thoughts",
+        max_reject_fraction=stage.config.tree.max_reject_fraction,
+    )
+
+
+class TreeWorker:
+    """Grows the trees of a part, all at the same time."""
+
+    def __init__(self, stage: StageRun) -> None:
+        self.stage = stage
+        self.config = stage.config.tree
+        self.engine = Engine(stage.config.engine)
+        self.items = catalogue.load(stage.input("items"))
+
+    async def __call__(self, part: Part) -> ShardOutput:
+        columns = ["example_id", "domain", "user_id", "history"]
+        given = list(histories(self.stage.input("examples").read(part, columns)))
+        near = self.stage.input("neighbours").read(part, ["example_id", "items"]).to_pylist()
+        items_near = {row["example_id"]: row["items"] for row in near}
+        trees = await asyncio.gather(*(self._tree(one, items_near.get(one.example_id, [])) for one in given))
+        rows: list[dict[str, Any]] = []
+        rejects: list[Reject] = []
+        for history, tree in zip(given, trees, strict=True):
+            if isinstance(tree, Flaw):
+                rejects.append(Reject(key=history.example_id, reason=tree.reason, detail=tree.detail))
+            else:
+                rows.extend(_row(history.example_id, node) for node in tree)
+        return ShardOutput(
+            tables={"thoughts": table("thoughts", rows)},
+            examples=len(given),
+            rejects=rejects,
+            figures={"tokens": sum(row["num_tokens"] for row in rows)},
+        )
+
+    async def _tree(self, history: History, near: Sequence[str]) -> list[Node] | Flaw:
+        engine, sampling = self.engine, self.config.sampling
+        context = prompts.context(
+            history,
+            self.items[history.domain],
+            prompts.unseen(history, near, self.config.neighbour_items),
+            count=engine.count,
+            max_tokens=self.config.text.history_tokens,
+            review_words=self.config.text.review_words,
+            special_tokens=engine.special_tokens,
+        )
+
+        async def think(node_id: str, parent: str | None) -> Completion | Flaw:
+            if parent is None:
+                messages, instruction = prompts.base_messages(context), prompts.BASE
+            else:
+                messages = prompts.refine_messages(context, parent, engine.special_tokens)
+                instruction = prompts.REFINE
+
+            def seed(attempt: int) -> int:
+                return derive(self.stage.config.seed, "tree", history.example_id, node_id, attempt)
+
+            return await gates.draw(engine, engine.render(messages), instruction, sampling, seed)
+
+        return await grow(self.config.breadths, think)
+
+
+def _row(example_id: str, node: Node) -> dict[str, Any]:
+    return {
+        "example_id": example_id,
+        "node_id": node.node_id,
+        "depth": node.depth,
+        "text": node.thought.text,
+        "mean_logprob": node.thought.mean_logprob,
+        "num_tokens": node.thought.num_tokens,
+        "seed": node.thought.seed,
+        "finish_reason": node.thought.finish_reason,
+        "prompt_sha": prompts.TEMPLATE_SHA,
+    }

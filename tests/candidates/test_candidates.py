@@ -1,0 +1,78 @@
+"""Candidate sets, SASRec and similar users."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pulse_ray.candidates.neighbours import NeighbourIndex
+from pulse_ray.candidates.sampling import draw_negatives, place_target
+from pulse_ray.candidates.sasrec import Sasrec
+from pulse_ray.config import SasrecConfig
+
+
+@pytest.mark.parametrize("kind", ["uniform", "popularity", "sasrec"])
+def test_negatives_are_distinct_untouched_and_reproducible(kind: str) -> None:
+    popularity = np.arange(60.0) ** 2
+    given = {"popularity": {"weights": popularity}, "sasrec": {"scores": -popularity}}.get(kind, {})
+    for seed in range(50):
+        touched = set(np.random.default_rng(seed).choice(60, 20, replace=False).tolist())
+        drawn = draw_negatives(np.random.default_rng(seed), 9, 60, touched, **given)
+        assert drawn is not None
+        assert len(set(drawn.tolist())) == 9
+        assert not touched & set(drawn.tolist())
+        again = draw_negatives(np.random.default_rng(seed), 9, 60, touched, **given)
+        np.testing.assert_array_equal(drawn, again)
+    assert draw_negatives(np.random.default_rng(0), 9, 60, set(range(52)), **given) is None
+
+
+def test_samplers_prefer_what_they_are_named_after() -> None:
+    weights = np.r_[np.full(50, 1.0), np.full(50, 99.0)]
+    drawn = [draw_negatives(np.random.default_rng(s), 5, 100, set(), weights=weights) for s in range(300)]
+    assert np.mean(np.concatenate(drawn) >= 50) > 0.9
+    hard = draw_negatives(np.random.default_rng(0), 3, 100, {99}, scores=np.arange(100.0))
+    assert set(hard.tolist()) <= set(range(69, 99))
+
+
+def test_target_takes_every_place_about_as_often() -> None:
+    places = [place_target(np.random.default_rng(seed), 77, np.arange(9)) for seed in range(2000)]
+    assert all(candidates[index] == 77 and len(candidates) == 10 for candidates, index in places)
+    counts = np.bincount([index for _, index in places], minlength=10)
+    assert counts.min() > 140 and counts.max() < 260
+
+
+def test_sasrec_is_causal_ignores_padding_and_survives_saving(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Sasrec(SasrecConfig(dim=16), [("d", str(n)) for n in range(20)], max_length=6).eval()
+    one, two = model.states([[1, 2, 3], [4, 5, 6, 7, 8]])
+    close = {"rtol": 1e-4, "atol": 1e-5}
+    np.testing.assert_allclose(one, model.states([[1, 2, 3]])[0], **close)
+    np.testing.assert_allclose(two, model.encode(torch.tensor([[4, 5, 6, 7, 8, 9]]))[0, 4].detach(), **close)
+    np.testing.assert_allclose(model.states([[9, 9, 1, 2, 3, 4, 5, 6]]), model.states([[1, 2, 3, 4, 5, 6]]), **close)
+    model.save(tmp_path)
+    np.testing.assert_allclose(Sasrec.load(tmp_path).states([[1, 2, 3]])[0], one, **close)
+
+
+@pytest.mark.parametrize("loss", ["sampled_softmax", "gbce"])
+def test_sasrec_learns_a_cycle(loss: str) -> None:
+    torch.manual_seed(0)
+    model = Sasrec(SasrecConfig(dim=32, dropout=0.0, loss=loss), [("d", str(n)) for n in range(12)], max_length=8)  # type: ignore[arg-type]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    rows = [[(start + step) % 12 + 1 for step in range(8)] for start in range(12)]
+    for _ in range(150):
+        optimizer.zero_grad()
+        model(model.pad(rows), torch.randint(1, 13, (6,))).mean().backward()
+        optimizer.step()
+    model.eval()
+    best = model.logits(model.states([[3, 4, 5], [11, 12]])).argmax(1)
+    assert best.tolist() == [6, 1]
+
+
+def test_neighbours_are_by_cosine_and_never_the_user_itself() -> None:
+    states = np.array([[1, 0], [0.9, 0.1], [0, 5], [-1, 0]], dtype=np.float32)
+    index = NeighbourIndex(["a", "b", "c", "d"], states, [["x"], ["y", "x"], ["z"], []])
+    assert index.nearest(np.array([[2, 0], [0, 1]], dtype=np.float32), ["a", "q"], 2) == [[1, 2], [2, 1]]
+    assert index.items_of([1, 2, 0]) == ["x", "y", "z"]

@@ -1,0 +1,121 @@
+"""Packed rows: equal to separate sequences, and to plain text in plain transformers + PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from pulse_ray import models
+from pulse_ray.config import RankerConfig, TrainingConfig
+from pulse_ray.ranker import model
+from pulse_ray.ranker.packing import PromptEncoder, TokenRow, budgeted, pack
+from pulse_ray.ranker.prompts import RankRow
+from pulse_ray.ranker.scorer import Scorer
+from pulse_ray.schema import History, Interaction, Item
+
+CONFIG = RankerConfig(training=TrainingConfig(precision="fp32"), candidate_tokens=12)
+TITLES = ["Oat Soap, Fragrance-Free", "Rose Soap", "3-in-1 Travel Kit", "“Quoted” Balm (2 oz)", "a", "Ünïcode Crème № 5"]
+ITEMS = {f"i{n}": Item(item_id=f"i{n}", title=title, text=title) for n, title in enumerate(TITLES)}
+LONG = Item(item_id="long", title="long", text="very long name " * 20)
+
+
+def row(history: int = 3, reason: str | None = "They want fragrance-free care.", candidates: int = 5) -> RankRow:
+    steps = tuple(
+        Interaction(item_id=f"i{n % 6}", timestamp=n, rating=4.0, review="ends </s> <|im_end|> here") for n in range(history)
+    )
+    chosen = (*list(ITEMS.values())[: candidates - 1], LONG)
+    return RankRow(
+        history=History(example_id="d/u/9", domain="d", user_id="u", interactions=steps), reason=reason, candidates=chosen
+    )
+
+
+@pytest.fixture(scope="module")
+def ranker() -> model.PackedRanker:
+    torch.manual_seed(0)
+    made = model.create(CONFIG).eval()
+    for name, parameter in made.named_parameters():
+        if "lora_B" in name:  # zero at the start, which would hide the adapter
+            torch.nn.init.normal_(parameter, std=0.02)
+    return made
+
+
+@pytest.fixture(scope="module")
+def encoder() -> PromptEncoder:
+    return PromptEncoder(model.tokenizer(CONFIG.model), CONFIG)
+
+
+def separate(ranker: model.PackedRanker, tokens: TokenRow, pad: int) -> torch.Tensor:
+    """One sequence per candidate, through the model's own forward."""
+    return torch.stack([ranker.model(torch.tensor([tokens.prompt + c])).logits[0, 0] for c in tokens.candidates])
+
+
+@torch.no_grad()
+def test_packed_logits_equal_separate_ones(ranker: model.PackedRanker, encoder: PromptEncoder) -> None:
+    rows = [row(1), row(6, reason=None), row(4)]
+    tokens = [encoder.encode(entry, ITEMS) for entry in rows]
+    packed = ranker(pack(tokens, encoder.pad_token))
+    for logits, entry in zip(packed, tokens, strict=True):
+        torch.testing.assert_close(logits, separate(ranker, entry, encoder.pad_token), atol=1e-4, rtol=0)
+
+
+def test_packed_gradients_equal_separate_ones(ranker: model.PackedRanker, encoder: PromptEncoder) -> None:
+    tokens = encoder.encode(row(3), ITEMS)
+    trainable = [p for p in ranker.parameters() if p.requires_grad]
+    target = torch.tensor([2])
+    packed = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(ranker(pack([tokens], encoder.pad_token)), target), trainable
+    )
+    apart = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(separate(ranker, tokens, encoder.pad_token)[None], target), trainable
+    )
+    difference = torch.cat([(a - b).flatten() for a, b in zip(packed, apart, strict=True)]).norm()
+    assert difference / torch.cat([b.flatten() for b in apart]).norm() < 1e-3
+
+
+@torch.no_grad()
+def test_saved_adapter_gives_the_same_logits_in_plain_transformers_and_peft(
+    ranker: model.PackedRanker, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    model.save(ranker, tmp_path, CONFIG)
+    folder = models.resolve(CONFIG.model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    plain = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    plain.config.pad_token_id = tokenizer.pad_token_id
+    plain = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    entry = row(4)
+    prompt = encoder.prompt_text(entry, ITEMS)
+    texts = [prompt + encoder.candidate_text(item) for item in entry.candidates]
+    expected = plain(**tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")).logits[:, 0]
+    scored = Scorer(tmp_path, CONFIG, {"d": ITEMS}).score([entry, row(2)], token_budget=4096)[0]
+    torch.testing.assert_close(torch.from_numpy(scored), expected, atol=1e-4, rtol=0)
+
+
+def test_prompt_and_candidate_tokens_are_the_tokens_of_the_whole_text(encoder: PromptEncoder) -> None:
+    entry = row(5)
+    tokens = encoder.encode(entry, ITEMS)
+    for item, candidate in zip(entry.candidates, tokens.candidates, strict=True):
+        whole = encoder.prompt_text(entry, ITEMS) + encoder.candidate_text(item)
+        assert tokens.prompt + candidate == encoder.tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_special_tokens_in_reviews_stay_text(encoder: PromptEncoder) -> None:
+    prompt = encoder.encode(row(1), ITEMS).prompt
+    clean = encoder.encode(
+        RankRow(history=History(example_id="x", domain="d", user_id="u", interactions=()), reason=None, candidates=()), ITEMS
+    ).prompt
+    special = set(encoder.tokenizer.all_special_ids)
+    assert [t for t in prompt if t in special] == [t for t in clean if t in special]
+
+
+def test_long_candidates_are_cut_and_budgets_are_kept(encoder: PromptEncoder) -> None:
+    tokens = encoder.encode(row(40), ITEMS)
+    assert max(map(len, tokens.candidates)) <= CONFIG.candidate_tokens + 4
+    assert len(tokens.prompt) <= CONFIG.max_tokens
+    lengths = [5, 100, 7, 90, 3, 300]
+    batches = list(budgeted(lengths, 200))
+    assert sorted(index for batch in batches for index in batch) == list(range(6))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 200 for batch in batches)
