@@ -1,7 +1,7 @@
 """Configuration: one YAML per experiment, a section per stage, checked before anything starts.
 
-`load` reads a file, applies `section.key=value` overrides and returns a frozen `Config`; an unknown key, a wrong type or
-an impossible combination is a `ConfigError` that names the key. A file written by hand is YAML; what the machine
+`load` reads a file, applies `section.key=value` overrides and returns a frozen `Config`; an unknown key, a wrong type
+or an impossible combination is a `ConfigError` that names the key. A file written by hand is YAML; what the machine
 resolved is JSON (`Config.to_json`).
 
 Settings marked `OPERATIONAL` say where and how fast work runs, not what comes out; they do not enter a stage's
@@ -128,7 +128,7 @@ class TrainingConfig(Section):
     gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
     zero_stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["bf16", "fp32"] = "fp32"
-    evaluations_per_epoch: Annotated[float, Field(gt=0)] = Field(1, description="0.2 validates every fifth epoch")
+    evaluations_per_epoch: Annotated[float, Field(gt=0)] = Field(1.0, description="0.2 validates every fifth epoch")
     patience: Count = Field(3, description="evaluations without a better score before training stops")
     validation_examples: Count | None = Field(None, description="validation examples scored each time; unset: all")
     workers: Annotated[WorkersConfig, OPERATIONAL] = WorkersConfig()
@@ -206,7 +206,7 @@ class SamplingConfig(Section):
 
     max_tokens: Count = 64
     temperature: Annotated[float, Field(ge=0)] = 0.8
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_words: Count = Field(5, description="a shorter completion is degenerate")
     attempts: Count = Field(2, description="draws, each with another seed, before a completion is rejected")
 
@@ -240,6 +240,9 @@ class TreeConfig(Section):
     neighbour_items: Annotated[int, Field(ge=0)] = Field(
         5, description="items of similar users shown to the base reason"
     )
+    validation_examples: Count | None = Field(
+        None, description="trees for so many validation examples, in whole parts, as only early stopping reads them"
+    )
     text: TextConfig = TextConfig()
     sampling: SamplingConfig = SamplingConfig()
     max_reject_fraction: Annotated[Fraction, OPERATIONAL] = 0.1
@@ -262,6 +265,7 @@ class LoraConfig(Section):
     alpha: Count = 16
     dropout: Fraction = 0.05
     targets: Literal["attention", "all"] = "all"
+    last_layers: Count | None = Field(None, description="adapt only so many layers, counted from the head; unset: all")
 
 
 class RankerConfig(Section):
@@ -326,8 +330,14 @@ class Config(Section):
                 )
         if self.ranker.text.history_tokens + self.ranker.reason_tokens >= self.ranker.max_tokens:
             raise ValueError(
-                "ranker.text.history_tokens + ranker.reason_tokens leaves no room for the instruction in ranker.max_tokens"
+                "ranker.text.history_tokens + ranker.reason_tokens leaves no room for the instruction in "
+                "ranker.max_tokens"
             )
+        if (grown := self.tree.validation_examples) is not None:
+            if "validation" in self.evaluate.splits:
+                raise ValueError("evaluate.splits holds validation, so tree.validation_examples must be unset")
+            if grown < (self.ranker.training.validation_examples or grown + 1):
+                raise ValueError("tree.validation_examples is below ranker.training.validation_examples")
         if self.thought_space.text.history_tokens >= self.thought_space.max_tokens:
             raise ValueError("thought_space.text.history_tokens must be below thought_space.max_tokens")
         return self

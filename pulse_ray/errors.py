@@ -13,6 +13,8 @@ exits with code 2; anything that is not a `PulseError` is a defect of ours and k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PulseError(Exception):
     """Something that the user can mend.
@@ -57,3 +59,15 @@ class GenerationError(PulseError):
 
 class TrainingError(PulseError):
     """Training diverged, ran out of memory or lost its workers for good."""
+
+
+def to_values(error: PulseError) -> list[str]:
+    """An error as plain values, for a table of results: Ray wraps raised errors in its own and tries them again."""
+    return [type(error).__name__, error.message, error.remedy]
+
+
+def from_values(values: Sequence[str]) -> PulseError:
+    """The error that `to_values` was given."""
+    name, message, remedy = values
+    kinds: list[type[PulseError]] = [PulseError, *PulseError.__subclasses__()]
+    return next(kind for kind in kinds if kind.__name__ == name)(message, remedy=remedy)

@@ -196,13 +196,13 @@ def _download(name: str, package: _Package, scratch: Path) -> Path:
 
 
 def _fetch_snapshot(name: str) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from httpx2 import HTTPError
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, httpx.HTTPError, OSError) as error:
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtifactError(
             f"model '{name}' does not resolve: no local folder, not packaged ({', '.join(_PACKAGES)}), and the model "
             f"hub says: {str(error).strip().splitlines()[0]}",

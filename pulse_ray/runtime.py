@@ -23,7 +23,7 @@ import ray
 import ray.data
 
 from pulse_ray.config import ClusterConfig, PoolConfig
-from pulse_ray.errors import ArtifactError, PulseError
+from pulse_ray.errors import ArtifactError, PulseError, from_values, to_values
 from pulse_ray.progress import Bar
 from pulse_ray.schema import Reject
 from pulse_ray.workspace import Part, StageRun
@@ -77,6 +77,9 @@ def _prepare_environment() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Threads that wait must not spin: several processes share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Ray Train's controller looks after its workers so often, and a report waits for its next look.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().partition("flags")[2].partition("\n")[0].split() if cpu.exists() else []
     if "avx2" in flags and "avx512f" not in flags:
@@ -153,8 +156,7 @@ def run_shards(
         bar.advance(len(parts) - len(todo))
         for row in data.iter_rows():
             if row["error"] is not None:
-                kind, message, remedy = row["error"]
-                raise _kinds()[kind](message, remedy=remedy)
+                raise from_values(row["error"])
             totals.update(dict(zip(row["names"], row["values"], strict=True)))
             elapsed = time.monotonic() - started
             bar.advance(1, {f"{name}/s": f"{value / elapsed:,.1f}" for name, value in totals.items()})
@@ -178,13 +180,7 @@ class _Committer:
             if inspect.isawaitable(output):
                 output = await output
         except PulseError as error:
-            # A value, because Ray wraps raised errors in its own and tries again what cannot get better.
-            return {
-                "part": part,
-                "error": [type(error).__name__, error.message, error.remedy],
-                "names": [],
-                "values": [],
-            }
+            return {"part": part, "error": to_values(error), "names": [], "values": []}
         self._check(part, output)
         self.stage.reject(part, output.rejects)
         for name in self.outputs:  # `todo` looks at the last output, so the others must be there before it.
@@ -198,9 +194,6 @@ class _Committer:
             kept = set(output.tables[name].column("example_id").to_pylist())
             assert not kept & rejected, f"{self.stage.spec.name}/{part}: an example is both in {name} and rejected"
             assert len(kept) + len(rejected) == output.examples, (
-                f"{self.stage.spec.name}/{part}: {output.examples} examples in, {len(kept)} in {name}, {len(rejected)} rejected"
+                f"{self.stage.spec.name}/{part}: {output.examples} examples in, {len(kept)} in {name}, "
+                f"{len(rejected)} rejected"
             )
-
-
-def _kinds() -> dict[str, type[PulseError]]:
-    return {kind.__name__: kind for kind in [PulseError, *PulseError.__subclasses__()]}

@@ -244,9 +244,9 @@ def _explain(error: BaseException) -> BaseException:
             cause = getattr(cause, "cause", None) or cause.__cause__
     if isinstance(error, KeyboardInterrupt):
         return error
-    first = next(iter(failures.values()), error)
+    lines = str(next(iter(failures.values()), error)).strip().splitlines()
     return TrainingError(
-        f"training workers failed: {str(first).strip().splitlines()[-1] if str(first).strip() else type(first).__name__}",
+        f"training workers failed: {lines[-1] if lines else type(error).__name__}",
         remedy="Run the same command again to go on from the last checkpoint; Ray's logs hold the workers' tracebacks",
     )
 
@@ -381,7 +381,7 @@ def _step(
         loss = losses.float().sum() / len(batch) * (1.0 if len(piece) else 0.0)
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss at step {step} is {loss.item()}; examples of the batch: {', '.join(task.names(indices)[:8])}",
+                f"the loss at step {step} is {loss.item()}; its examples: {', '.join(task.names(indices)[:8])}",
                 remedy="Lower training.lr, or set training.precision to fp32",
             )
         # DeepSpeed divides by passes and averages over workers; both are in our mean already.

@@ -32,6 +32,8 @@ OPERATIONAL = (
     "engine.shards_in_flight",
     "engine.pool",
     "candidates.pool",
+    "rationales.max_reject_fraction",
+    "tree.max_reject_fraction",
     "candidates.sasrec.training.workers",
     "thought_space.training.workers",
     "select.pool",

@@ -1,4 +1,4 @@
-"""Leak canaries: what a user takes last reaches no prompt, reason or ranker input, except as a candidate and in Phase I.
+"""Leak canaries: what a user takes last reaches no prompt, reason or ranker input but as a candidate and in Phase I.
 
 Every user ends with three items that nobody else touches, each titled with a word of its own: the targets of the
 user's train, validation and test example. All stages run with their real workers; only the language model is replaced,
@@ -165,7 +165,9 @@ def _ranker(stage: StageRun) -> None:
                 prompt = encoder.prompt_text(row, items["shop"])
                 _check([prompt], example)
                 assert row.candidates[target].item_id == example.target_item
-                assert all(other.item_id != example.target_item for k, other in enumerate(row.candidates) if k != target)
+                assert all(
+                    other.item_id != example.target_item for k, other in enumerate(row.candidates) if k != target
+                )
                 _check([item.text for item in row.candidates], example, allowed=[(example.split, _user(example))])
                 with_reason += row.reason is not None
     assert with_reason == 3 * 3 * USERS
@@ -180,7 +182,9 @@ def _check(texts: Sequence[str], example: Example, allowed: Sequence[tuple[str, 
         forbidden = {entry for entry in forbidden if entry[1] == user}
     for split, owner in forbidden - set(allowed):
         for text in texts:
-            assert canary(owner, split) not in text, f"{example.history.example_id} sees {split} of user {owner}: {text}"
+            assert canary(owner, split) not in text, (
+                f"{example.history.example_id} sees {split} of user {owner}: {text}"
+            )
 
 
 def _user(example: Example) -> int:
@@ -198,7 +202,13 @@ def _world(folder: Path) -> dict[str, Any]:
         for time, item in enumerate(taken):
             words = f"about {titles[item]} {'good ' * 3}"
             reviews.append(
-                {"reviewerID": f"u{user}", "asin": item, "overall": 5.0, "reviewText": words, "unixReviewTime": 1000 + time}
+                {
+                    "reviewerID": f"u{user}",
+                    "asin": item,
+                    "overall": 5.0,
+                    "reviewText": words,
+                    "unixReviewTime": 1000 + time,
+                }
             )
     _write(folder / "reviews.json.gz", reviews)
     _write(folder / "meta.json.gz", [{"asin": item, "title": title} for item, title in titles.items()])

@@ -90,7 +90,13 @@ def test_a_crash_changes_nothing(ray_cluster: None, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_with_the_examples(ray_cluster: None, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"workers": WorkersConfig(max_failures=0)})
     with pytest.raises(TrainingError, match=r"loss at step 0 is nan.*row \d+"):
-        fit(tmp_path, "poisoned", config.model_copy(update={"batch_size": 50, "micro_batch_size": None}), tripwire=None, poison=13)
+        fit(
+            tmp_path,
+            "poisoned",
+            config.model_copy(update={"batch_size": 50, "micro_batch_size": None}),
+            tripwire=None,
+            poison=13,
+        )
 
 
 def test_every_example_is_seen_once_an_epoch_however_it_is_cut() -> None:

@@ -48,7 +48,8 @@ class Block(nn.Module):
             query, key, value, is_causal=True, dropout_p=self.dropout if self.training else 0.0
         )
         x_BLD = x_BLD + self.drop(self.out(mixed.transpose(1, 2).reshape(batch, length, dim)))
-        return x_BLD + self.drop(self.feed(self.norm_feed(x_BLD)))
+        out_BLD: torch.Tensor = x_BLD + self.drop(self.feed(self.norm_feed(x_BLD)))
+        return out_BLD
 
 
 class Sasrec(nn.Module):
@@ -78,7 +79,8 @@ class Sasrec(nn.Module):
         x_BLD = self.drop(x_BLD + self.positions.weight[: items_BL.shape[1]])
         for block in self.blocks:
             x_BLD = block(x_BLD)
-        return self.norm(x_BLD)
+        states_BLD: torch.Tensor = self.norm(x_BLD)
+        return states_BLD
 
     def forward(self, items_BL: torch.Tensor, negatives_N: torch.Tensor) -> torch.Tensor:
         """Sum over each sequence's positions of the loss of its next item: [B].
@@ -221,8 +223,9 @@ class SasrecTask:
             negatives_N = torch.arange(1, size + 1)
         else:
             negatives_N = torch.randint(1, size + 1, (self.config.negatives,))
+        sums_B: torch.Tensor = engine(items_BL.to(_device(engine)), negatives_N.to(_device(engine)))
         # A constant scale makes every position count alike, whichever user it belongs to.
-        return engine(items_BL.to(_device(engine)), negatives_N.to(_device(engine))) / self.mean_length
+        return sums_B / self.mean_length
 
     def validate(self, engine: nn.Module, rank: int, world: int) -> dict[str, tuple[float, int]]:
         gain, hits, share = 0.0, 0, self.validation[rank::world]

@@ -145,4 +145,3 @@ class CandidateWorker:
             for place, near in zip(mine, nearest, strict=True):
                 found[place] = ([index.user_ids[row] for row in near], index.items_of(near))
         return found
-

@@ -129,8 +129,7 @@ def _on_ray(stage: StageRun, step: Step, numbers: Sequence[Numbers], bar: Bar) -
     data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_guarded, fn_args=(stage, step))
     for row in data.iter_rows():
         if len(row["error"]):
-            kind, message, remedy = row["error"]
-            raise getattr(errors, kind)(message, remedy=remedy)
+            raise errors.from_values(row["error"])
         totals[row["domain"]].update(dict(zip(row["names"], row["values"], strict=True)))
         bar.advance(1, {"now": step.__name__})
     return {domain: dict(counts) for domain, counts in totals.items()}
@@ -142,6 +141,5 @@ def _guarded(row: dict[str, Any], stage: StageRun, step: Step) -> dict[str, Any]
     try:
         counts = step(stage, *numbers)
     except PulseError as error:
-        # A value, because Ray wraps raised errors in its own and prints their tracebacks.
-        return outcome | {"error": [type(error).__name__, error.message, error.remedy]}
+        return outcome | {"error": errors.to_values(error)}
     return outcome | {"names": list(counts), "values": list(counts.values())}

@@ -89,6 +89,7 @@ def create(config: RankerConfig) -> PackedRanker:
             lora_alpha=config.lora.alpha,
             lora_dropout=config.lora.dropout,
             target_modules=lora_targets(model, config.lora),
+            layers_to_transform=_last_layers(model, config.lora),
         ),
         autocast_adapter_dtype=False,  # DeepSpeed keeps fp32 master weights.
     )
@@ -115,6 +116,14 @@ def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
             remedy="Choose a Llama, Qwen, Gemma, Mistral or Phi model",
         )
     return found
+
+
+def _last_layers(model: nn.Module, config: LoraConfig) -> list[int] | None:
+    """Indices of the layers to adapt; None for all. Backward passes end at the first of them."""
+    if config.last_layers is None:
+        return None
+    depth = model.config.get_text_config().num_hidden_layers
+    return list(range(max(0, depth - config.last_layers), depth))
 
 
 def save(ranker: PackedRanker, folder: Path, config: RankerConfig) -> None:

@@ -79,7 +79,7 @@ def pack(rows: Sequence[TokenRow], pad_token: int) -> PackedBatch:
         tokens[place, :used] = np.concatenate([row.prompt, *row.candidates])
         segments[place, :used] = np.repeat(np.arange(1 + len(sizes)), [prompt, *sizes])
         starts = prompt + np.cumsum(sizes) - sizes
-        # Positions go on from the prompt in every candidate: place in the sequence less what the candidates before take.
+        # In every candidate positions go on from the prompt: the place less what the candidates before it take.
         positions[place, :used] = np.arange(used) - np.repeat([0, *(starts - prompt)], [prompt, *sizes])
         ends[place] = starts + sizes - 1
     return PackedBatch(

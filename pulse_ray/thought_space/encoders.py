@@ -61,7 +61,7 @@ class Encoders(nn.Module):
     def forward(
         self, rationales: dict[str, torch.Tensor], behaviours: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors of both sides: ([B, D], [B, D]). Each argument holds `input_ids` and `attention_mask`: [B, L]."""
+        """Unit vectors of both sides: ([B, D], [B, D]). Arguments hold `input_ids` and `attention_mask`: [B, L]."""
         return self._embed(self.rationale, rationales), self._embed(self.history, behaviours)
 
     @staticmethod

@@ -36,7 +36,7 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
         title="thought-space: encoders",
     )
     workers = config.training.workers
-    ray.get(_project.options(num_cpus=workers.cpus, num_gpus=workers.gpus).remote(stage, seed))
+    ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(_project).remote(stage, seed))
     before, after = record["evaluations"][0], training.best_metrics(record)
     return {
         "encoders": {
@@ -47,7 +47,6 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
     }
 
 
-@ray.remote
 def _project(stage: StageRun, seed: int) -> None:
     """Writes `projection.safetensors`: vectors of held-out examples under the untrained and the trained encoders.
 

@@ -23,12 +23,24 @@ def run(stage: StageRun) -> None:
     """Reads items, histories and neighbours; writes thoughts."""
     generate(
         stage,
-        stage.input("examples").parts(),
+        _parts(stage),
         TreeWorker,
         stage,
         title="tree: thoughts",
         max_reject_fraction=stage.config.tree.max_reject_fraction,
     )
+
+
+def _parts(stage: StageRun) -> list[Part]:
+    """All parts, but of the validation split only as many as hold the examples that are asked for."""
+    found = stage.input("examples")
+    left = stage.config.tree.validation_examples
+    validation: list[Part] = []
+    for part in found.parts("validation"):
+        if left is None or left > 0:
+            validation.append(part)
+        left = left and max(0, left - found.num_rows(part))
+    return [*found.parts("train"), *validation, *found.parts("test")]
 
 
 class TreeWorker:

@@ -18,18 +18,28 @@ from pulse_ray.ranker.scorer import Scorer
 from pulse_ray.schema import History, Interaction, Item
 
 CONFIG = RankerConfig(training=TrainingConfig(precision="fp32"), candidate_tokens=12)
-TITLES = ["Oat Soap, Fragrance-Free", "Rose Soap", "3-in-1 Travel Kit", "“Quoted” Balm (2 oz)", "a", "Ünïcode Crème № 5"]
+TITLES = [
+    "Oat Soap, Fragrance-Free",
+    "Rose Soap",
+    "3-in-1 Travel Kit",
+    "“Quoted” Balm (2 oz)",
+    "a",
+    "Ünïcode Crème № 5",
+]
 ITEMS = {f"i{n}": Item(item_id=f"i{n}", title=title, text=title) for n, title in enumerate(TITLES)}
 LONG = Item(item_id="long", title="long", text="very long name " * 20)
 
 
 def row(history: int = 3, reason: str | None = "They want fragrance-free care.", candidates: int = 5) -> RankRow:
     steps = tuple(
-        Interaction(item_id=f"i{n % 6}", timestamp=n, rating=4.0, review="ends </s> <|im_end|> here") for n in range(history)
+        Interaction(item_id=f"i{n % 6}", timestamp=n, rating=4.0, review="ends </s> <|im_end|> here")
+        for n in range(history)
     )
     chosen = (*list(ITEMS.values())[: candidates - 1], LONG)
     return RankRow(
-        history=History(example_id="d/u/9", domain="d", user_id="u", interactions=steps), reason=reason, candidates=chosen
+        history=History(example_id="d/u/9", domain="d", user_id="u", interactions=steps),
+        reason=reason,
+        candidates=chosen,
     )
 
 
@@ -105,7 +115,8 @@ def test_prompt_and_candidate_tokens_are_the_tokens_of_the_whole_text(encoder: P
 def test_special_tokens_in_reviews_stay_text(encoder: PromptEncoder) -> None:
     prompt = encoder.encode(row(1), ITEMS).prompt
     clean = encoder.encode(
-        RankRow(history=History(example_id="x", domain="d", user_id="u", interactions=()), reason=None, candidates=()), ITEMS
+        RankRow(history=History(example_id="x", domain="d", user_id="u", interactions=()), reason=None, candidates=()),
+        ITEMS,
     ).prompt
     special = set(encoder.tokenizer.all_special_ids)
     assert [t for t in prompt if t in special] == [t for t in clean if t in special]

@@ -15,7 +15,12 @@ def thought(node: str, text: str, logprob: float = -1.0) -> Thought:
     return Thought(node_id=node, depth=len(node.split(".")) if node else 0, text=text, mean_logprob=logprob)
 
 
-TREE = [thought("", "east", -0.1), thought("1", "north", -0.2), thought("1.1", "south", -3.0), thought("1.2", "west", -2.0)]
+TREE = [
+    thought("", "east", -0.1),
+    thought("1", "north", -0.2),
+    thought("1.1", "south", -3.0),
+    thought("1.2", "west", -2.0),
+]
 
 
 class Compass:

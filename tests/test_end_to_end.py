@@ -1,0 +1,205 @@
+"""The whole pipeline with real vLLM, DeepSpeed and Ray on tiny random models: once undisturbed, once killed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import tiny
+import yaml
+
+from pulse_ray.config import load
+from pulse_ray.pipeline import STAGES, conditions
+from pulse_ray.workspace import Workspace
+
+PATIENCE_S = 600
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A small shop and models of random weights, of which nothing but emptiness is a flaw."""
+    folder = tmp_path_factory.mktemp("models")
+    text = {"history_tokens": 60, "review_words": 3}
+    sampling = {"max_tokens": 8, "min_words": 1, "attempts": 4}
+    model = str(tiny.make(folder / "llama"))
+    once = {"epochs": 1, "evaluations_per_epoch": 1.0}
+    return {
+        "name": "run",
+        "seed": 5,
+        "prepare": {
+            "domains": [{"name": "shop", "source": {"kind": "synthetic", "users": 48, "items": 60}}],
+            "min_item_interactions": 1,
+            "partitions": 2,
+            "shard_examples": 8,
+        },
+        "engine": {"model": model, "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "kv_cache_gb": 0.25},
+        "candidates": {"sasrec": {"dim": 16, "training": {**once, "batch_size": 16}}},
+        "rationales": {"text": text, "sampling": sampling, "max_reject_fraction": 0.5},
+        "thought_space": {
+            "model": str(tiny.make_encoder(folder / "bert")),
+            "max_tokens": 96,
+            "text": text,
+            "training": {**once, "batch_size": 16, "lr": 1e-3},
+        },
+        "tree": {"breadths": [2, 1], "text": text, "sampling": sampling, "max_reject_fraction": 0.5},
+        "ranker": {
+            "model": model,
+            "variants": ["none", "thought_space"],
+            "text": text,
+            "max_tokens": 192,
+            "training": {"epochs": 3, "batch_size": 8, "lr": 1e-3, "precision": "fp32", "patience": 9},
+        },
+        "evaluate": {"bootstrap_samples": 100, "report_users": 2},
+    }
+
+
+@pytest.fixture(scope="module")
+def configure(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes the configuration of a run whose workspace lies in a folder of its own."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def write(name: str) -> Path:
+        path = folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump({**settings, "storage": str(folder / name)}))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def undisturbed(configure: Callable[[str], Path]) -> Path:
+    """A finished run."""
+    path = configure("undisturbed")
+    _finish(path)
+    return path
+
+
+def _start(config: Path) -> subprocess.Popen[str]:
+    # A file: a pipe that the driver's children inherit would keep `communicate` waiting after a kill.
+    log = config.with_suffix(".log").open("a")
+    return subprocess.Popen(
+        [sys.executable, "-m", "pulse_ray.cli", "run", str(config)], stdout=log, stderr=log, text=True
+    )
+
+
+def _finish(config: Path) -> str:
+    driver = _start(config)
+    code = driver.wait(timeout=PATIENCE_S)
+    log = config.with_suffix(".log").read_text()
+    assert code == 0, log
+    return log
+
+
+def _kill_when(config: Path, reached: Callable[[Workspace], bool]) -> None:
+    """Starts a run and kills its driver with -9 as soon as `reached` is true of the workspace."""
+    workspace = _workspace(config)
+    driver = _start(config)
+    deadline = time.monotonic() + PATIENCE_S
+    while not reached(workspace):
+        assert driver.poll() is None, config.with_suffix(".log").read_text()
+        assert time.monotonic() < deadline, config.with_suffix(".log").read_text()
+        time.sleep(0.1)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+
+
+def _workspace(config: Path) -> Workspace:
+    settings = load(config)
+    return Workspace(settings.storage, settings.name)
+
+
+def _rows(config: Path, table: str) -> list[dict[str, Any]]:
+    tables = list(_workspace(config).artefact(table).tables())
+    return pa.concat_tables(tables).to_pylist()
+
+
+@pytest.mark.slow
+def test_every_example_is_accounted_for_and_a_second_run_does_nothing(undisturbed: Path) -> None:
+    workspace = _workspace(undisturbed)
+    examples = {row["example_id"]: row["split"] for row in _rows(undisturbed, "examples")}
+    for table, stage, splits in (
+        ("candidates", "candidates", ("train", "validation", "test")),
+        ("rationales", "rationales", ("train",)),
+        ("thoughts", "tree", ("train", "validation", "test")),
+        ("scores", "evaluate", ("test",)),
+    ):
+        expected = {key for key, split in examples.items() if split in splits}
+        kept = {row["example_id"] for row in _rows(undisturbed, table)}
+        rejected = [row["key"] for data in workspace.rejects(stage).tables() for row in data.to_pylist()]
+        assert len(rejected) == len(set(rejected))
+        assert kept | set(rejected) == expected, table
+        assert not kept & set(rejected), table
+    assert set(conditions(load(undisturbed)).values()) == {"complete"}
+    metrics = json.loads(workspace.artefact("evaluation").read_bytes("metrics.json") or b"")
+    assert {row["model"] for row in metrics} == {"popularity", "sasrec", "none", "thought_space"}
+    assert {row["n"] for row in metrics} == {sum(split == "test" for split in examples.values())}
+    log = undisturbed.with_suffix(".log")
+    before = log.stat().st_size
+    _finish(undisturbed)
+    again = log.read_text()[before:]
+    assert again.count("complete already") == len(STAGES)
+    assert "report.html" in again
+
+
+@pytest.mark.slow
+def test_a_driver_killed_twice_gives_the_rows_of_an_undisturbed_run(
+    undisturbed: Path, configure: Callable[[str], Path]
+) -> None:
+    killed = configure("killed")
+    source, target = Path(_workspace(undisturbed).path), Path(_workspace(killed).path)
+    for name in ("interactions", "items", "examples", "sasrec", "neighbours", "candidates"):
+        shutil.copytree(source / name, target / name)
+
+    def some_rationales(workspace: Workspace) -> bool:
+        return len(workspace.artefact("rationales").parts()) > 0 and workspace.artefact("rationales").manifest() is None
+
+    def first_checkpoint(workspace: Workspace) -> bool:
+        return len(list(Path(workspace.path).glob("ranker/none/checkpoints/run/checkpoint_*"))) > 0
+
+    _kill_when(killed, some_rationales)
+    committed = {
+        part: _workspace(killed).artefact("rationales").read_bytes(f"{part}.parquet")
+        for part in _workspace(killed).artefact("rationales").parts()
+    }
+    assert conditions(load(killed))["rationales"] == "partial"
+    _kill_when(killed, first_checkpoint)
+    for part, content in committed.items():
+        assert _workspace(killed).artefact("rationales").read_bytes(f"{part}.parquet") == content, "done again"
+    _finish(killed)
+    for table, key in (
+        ("rationales", ("example_id",)),
+        ("thoughts", ("example_id", "node_id")),
+        ("reasons", ("example_id", "selector")),
+        ("scores", ("example_id", "variant")),
+    ):
+        ours, theirs = (
+            {tuple(row[k] for k in key): row for row in _rows(path, table)} for path in (killed, undisturbed)
+        )
+        counts = Counter(tuple(row[k] for k in key) for row in _rows(killed, table))
+        assert max(counts.values()) == 1, f"{table} holds a row twice"
+        assert ours.keys() == theirs.keys()
+        for name, row in ours.items():
+            assert _plain(row) == _plain(theirs[name])
+            assert _numbers(row) == pytest.approx(_numbers(theirs[name]), abs=1e-4)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Columns that must be the same to the letter."""
+    return {name: value for name, value in row.items() if name not in ("mean_logprob", "agreement", "logits", "rank")}
+
+
+def _numbers(row: dict[str, Any]) -> list[float]:
+    """Columns that come out of floating-point sums, whose order may differ."""
+    found = [row.get("mean_logprob"), row.get("agreement"), *row.get("logits", [])]
+    return [value for value in found if value is not None]
