@@ -196,9 +196,9 @@ def _download(name: str, package: _Package, scratch: Path) -> Path:
 
 
 def _fetch_snapshot(name: str) -> Path:
+    from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-    from httpx2 import HTTPError
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
