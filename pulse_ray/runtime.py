@@ -46,6 +46,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         return
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
     if config.address is None:
+        _prepare_environment()
         settings |= {
             "address": "local",
             "num_cpus": config.num_cpus or max(DEFAULT_LOGICAL_CPUS, os.cpu_count() or 1),
@@ -54,7 +55,6 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         }
     else:
         settings["address"] = config.address
-        _prepare_environment()
     try:
         ray.init(**settings)
     except ConnectionError as error:

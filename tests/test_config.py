@@ -59,7 +59,7 @@ OPERATIONAL = (
         ("prepare.domains=[]", "'prepare.domains'", "at least 1"),
         ("prepare.domains.0.source.kind=shop", "prepare.domains.0.source", "amazon2018"),
         ("select.selectors=[log_likelihood]", "ranker.variants needs ['thought_space']", "Change"),
-        ("engine.max_model_len=300", "leaves no room in engine.max_model_len (300)", "Change"),
+        ("engine.max_model_len=128", "leaves no room in engine.max_model_len (128)", "Change"),
         ("ranker.max_tokens=64", "leaves no room for the instruction in ranker.max_tokens", "Change"),
         ("candidates.sasrec.heads=7", "dim (32) is not a multiple of heads (7)", "Change"),
         ("name=a/b", "'name'", "pattern"),
@@ -171,7 +171,7 @@ def _changed(config: Config, path: tuple[str, ...]) -> Config:
 
 
 def _others(value: Any) -> list[Any]:
-    words = ["bf16", "fp32", "float32", "last", "single_pass", "popularity", "gbce", "oracle", "attention", "other"]
+    words = ["bf16", "fp32", "float32", "float16", "last", "single_pass", "popularity", "gbce", "oracle", "attention"]
     if isinstance(value, list) and value and isinstance(value[0], dict):  # domains
         return [[{**value[0], "name": "elsewhere"}]]
     if isinstance(value, list):
@@ -180,7 +180,7 @@ def _others(value: Any) -> list[Any]:
         return [not value]
     if isinstance(value, int | float):
         return [value + 1, value * 2, value / 2, value - 1]
-    return [*words, 3]
+    return [*words, "other", 3]
 
 
 CONFIG = load(QUICKSTART, [f"{key}.pool.max=4" for key in ("engine", "candidates", "select", "evaluate")])

@@ -118,7 +118,7 @@ def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
     return found
 
 
-def _last_layers(model: nn.Module, config: LoraConfig) -> list[int] | None:
+def _last_layers(model: Any, config: LoraConfig) -> list[int] | None:
     """Indices of the layers to adapt; None for all. Backward passes end at the first of them."""
     if config.last_layers is None:
         return None
