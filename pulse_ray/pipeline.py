@@ -26,6 +26,7 @@ STAGES: dict[str, tuple[StageSpec, str]] = {
                 settings=("seed", "prepare"),
                 inputs=(),
                 outputs=("interactions", "items", "examples"),
+                begins_itself=True,
             ),
             "pulse_ray.data.stage",
         ),
@@ -177,7 +178,8 @@ def execute(config: Config, stages: Sequence[str] | None = None) -> Iterator[Don
             run = runs[name]
             _check_inputs(run, runs)
             started = time.monotonic()
-            run.begin()
+            if not run.spec.begins_itself:
+                run.begin()
             metrics = importlib.import_module(STAGES[name][1]).run(run)
             seconds = time.monotonic() - started
             run.complete(seconds, metrics)

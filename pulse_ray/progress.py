@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
+console = Console(stderr=True, soft_wrap=True)
 """Where progress and notices go; results go to standard output."""
 
 LOG_INTERVAL_S = 15.0

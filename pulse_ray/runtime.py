@@ -75,8 +75,10 @@ def _prepare_environment() -> None:
     """Variables that a local Ray hands down to its workers."""
     # Ray would hide GPUs from an actor that asks for none; vLLM and DeepSpeed decide for themselves.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Threads that wait must not spin: several processes share the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Ray would give every actor as many threads as it takes logical CPUs; a stage has one busy actor on a small machine.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    # Threads that wait spin only briefly: several processes share the cores.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     # Ray Train's controller looks after its workers so often, and a report waits for its next look.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")

@@ -318,6 +318,9 @@ def _engine(module: nn.Module, plan: Plan, checkpoint: Path | None) -> tuple[Any
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if plan.world == 1:
+        # On CPU DeepSpeed compiles its all-reduce over shared memory, for a minute; a single worker has no use for it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if checkpoint:
         # Before the engine exists: it copies the weights into its own master weights when it is built.
         missing = module.load_state_dict(load_file(checkpoint / "trainable.safetensors"), strict=False)

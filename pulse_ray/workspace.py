@@ -82,6 +82,8 @@ class StageSpec:
     summary: str
     constants: tuple[str, ...] = ()
     """Fingerprints of what shapes the output but is no setting: prompt templates."""
+    begins_itself: bool = False
+    """Whether the stage calls `StageRun.begin`, once it knows that what an earlier run made can be replaced."""
 
 
 class Artefact:

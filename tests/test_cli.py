@@ -187,25 +187,37 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     ],
     ids=["missing", "empty", "no item", "nothing left"],
 )
-def test_unusable_data_is_named_and_can_be_mended(
+def test_unusable_data_is_named_and_leaves_the_workspace_as_it_was(
     rows: list[dict[str, Any]] | None, changes: list[str], place: str, config: Path, ray_cluster: None
 ) -> None:
-    reviews = config.parent / "reviews.json.gz"
-    if rows is not None:
+    reviews = _reviews(config.parent / "reviews.json.gz", GOOD)
+    assert _call("prepare", config).exit_code == 0
+    before = _content(config.parent / "runs")
+    if rows is None:
+        reviews.unlink()
+    else:
         _reviews(reviews, rows)
     overrides = [argument for change in changes for argument in ("--set", change)]
     assert place in _complaint(_call("prepare", config, *overrides))
-    assert pipeline.conditions(load(config, changes))["prepare"] != "complete"
-    _reviews(reviews, GOOD)
+    assert _content(config.parent / "runs") == before
+    assert pipeline.conditions(load(config, changes))["prepare"] == "stale"
+    _reviews(reviews, GOOD[:-1])
     mended = _call("prepare", config)
     assert mended.exit_code == 0, mended.output
     assert pipeline.conditions(load(config))["prepare"] == "complete"
 
 
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_truncated_file_is_named_with_its_line(config: Path, ray_cluster: None) -> None:
     reviews = _reviews(config.parent / "reviews.json.gz", GOOD)
+    assert _call("prepare", config).exit_code == 0
+    before = _content(config.parent / "runs")
     reviews.write_bytes(reviews.read_bytes()[:-20])
     assert "reviews.json.gz:" in _complaint(_call("prepare", config))
+    assert _content(config.parent / "runs") == before
 
 
 def test_results_are_printed_with_their_places(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

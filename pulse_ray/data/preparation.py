@@ -13,7 +13,8 @@ the workspace and returns counts. So steps run anywhere, may be tried again, and
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
@@ -21,13 +22,13 @@ import polars as pl
 import pyarrow as pa
 
 from pulse_ray.config import SyntheticSource
-from pulse_ray.data.pieces import Pieces, parquet, stable_hash
+from pulse_ray.data.pieces import SCRATCH, Pieces, parquet, stable_hash
 from pulse_ray.data.sources import RAW_INTERACTIONS, RAW_ITEMS, Chunk, FileKind, Row, addresses, read, tidy_item
 from pulse_ray.data.synthetic import Shop
-from pulse_ray.schema import INTERACTION, SPLITS, TABLES, Split, example_id
+from pulse_ray.schema import INTERACTION, SPLITS, TABLES, Reject, Split, example_id
 from pulse_ray.seeding import derive
 from pulse_ray.text import clean, item_text
-from pulse_ray.workspace import StageRun
+from pulse_ray.workspace import Artefact, Part, StageRun
 
 FILES: tuple[FileKind, ...] = ("reviews", "metadata")
 EVERYONE = 2**63 - 1
@@ -48,11 +49,22 @@ def read_file(stage: StageRun, domain: int, file: int) -> Counts:
         pieces.dealer(f"{kind}-items", RAW_ITEMS, key="item_id") as items,
     ):
         for number, chunk in enumerate(_chunks(stage, domain, kind)):
-            stage.reject(f"{name}-{kind}-{number:05d}", chunk.rejects)
+            _set_aside(stage, f"{name}-{kind}-{number:05d}", chunk.rejects)
             interactions.deal(chunk.interactions)
             items.deal(chunk.items)
             rows += chunk.interactions.num_rows
     return {"rows": rows}
+
+
+def rejects(stage: StageRun) -> Artefact:
+    """Lines that could not be used, kept with the pieces until the stage knows that the rest can be."""
+    return Artefact(stage.workspace.filesystem, f"{stage.workspace.artefact(SCRATCH).path}/rejects", "rejects")
+
+
+def _set_aside(stage: StageRun, part: Part, found: Sequence[Reject]) -> None:
+    if found:
+        rows = [{"stage": stage.spec.name, **asdict(one)} for one in found]
+        rejects(stage).write(part, pa.Table.from_pylist(rows, schema=TABLES["rejects"]))
 
 
 def _chunks(stage: StageRun, domain: int, kind: FileKind) -> Iterator[Chunk]:

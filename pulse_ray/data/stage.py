@@ -44,14 +44,11 @@ def prepare(stage: StageRun, each: Each) -> dict[str, Metrics]:
     """The steps in order; `each` decides where they run."""
     scratch = stage.workspace.artefact(SCRATCH)
     scratch.delete()
-    # Parts of an attempt that broke off must not stay: an edited file may deal its users out to fewer of them.
-    for name in stage.spec.outputs:
-        stage.output(name).delete()
-    stage.begin()
     try:
         domains = range(len(stage.config.prepare.domains))
         steps = [*_read(stage, each, domains), *_filter(stage, each, domains)]
         limits = _limits(stage, each, domains)
+        _replace(stage)
         kept = each(preparation.split, [(*pair, limits[pair[0]]) for pair in _pairs(stage, domains)])
         items = each(preparation.describe, _pairs(stage, domains))
     finally:
@@ -61,6 +58,17 @@ def prepare(stage: StageRun, each: Each) -> dict[str, Metrics]:
         "items": {key: sum(counts[key] for counts in items.values()) for key in preparation.ITEM_COUNTS},
         "examples": {split: sum(counts[split] for counts in kept.values()) for split in SPLITS},
     }
+
+
+def _replace(stage: StageRun) -> None:
+    """Removes what an earlier run made, now that the files are known to be of use; keeps the rows set aside."""
+    # Parts of an attempt that broke off must not stay: an edited file may deal its users out to fewer of them.
+    for name in stage.spec.outputs:
+        stage.output(name).delete()
+    stage.begin()
+    aside = preparation.rejects(stage)
+    for part in aside.parts():
+        stage.rejects.write(part, aside.read(part))
 
 
 def _read(stage: StageRun, each: Each, domains: Sequence[int]) -> list[Metrics]:

@@ -180,10 +180,14 @@ def _start_vllm(config: EngineConfig, folder: str) -> Any:
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     on_cpu: dict[str, Any] = {}
     if current_platform.is_cpu():
-        on_cpu = {
+        if config.tensor_parallel == 1:
+            # The name "uni" would be taken for "mp", whose scheduler keeps a core busy while it waits for its worker.
+            on_cpu["distributed_executor_backend"] = UniProcExecutor
+        on_cpu |= {
             "kv_cache_memory_bytes": int(config.kv_cache_gb * 2**30),
             "block_size": CPU_BLOCK_TOKENS,
             # vLLM's CPU sampler cannot take back the draw of a seeded request whose prompt is only partly read.

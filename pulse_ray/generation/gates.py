@@ -38,7 +38,12 @@ class Writer(Protocol):
 
 
 async def draw(
-    writer: Writer, prompt: str, instruction: str, sampling: SamplingConfig, seed: Callable[[int], int]
+    writer: Writer,
+    prompt: str,
+    instruction: str,
+    sampling: SamplingConfig,
+    seed: Callable[[int], int],
+    opening: str = "",
 ) -> Completion | Flaw:
     """A completion that passes the gates, or why there is none.
 
@@ -46,7 +51,9 @@ async def draw(
         prompt: what the model reads.
         instruction: the part of it that a weak model might repeat instead of following.
         seed: the seed of each attempt, counted from 0.
+        opening: words that the answer begins with; the model goes on from them, and the gates judge what it adds.
     """
+    prompt += opening
     if not writer.fits(prompt, sampling):
         return Flaw(reason="prompt too long", detail=f"{len(prompt)} characters")
     flaw = Flaw(reason="empty", detail="")
@@ -55,7 +62,7 @@ async def draw(
         text = tidy(completion.text, cut=completion.finish_reason == "length", min_words=sampling.min_words)
         reason = fault(text, instruction, sampling.min_words)
         if reason is None:
-            return replace(completion, text=text)
+            return replace(completion, text=f"{opening} {text}".strip())
         flaw = Flaw(reason=reason, detail=text)
     return flaw
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pulse_ray.schema import History, Item
 
 INSTRUCTION = "What one customer bought and said, oldest first:\n{history}\n"
-REASON = "\nWhat the customer looks for: {reason}\n"
+REASON = "\nReason: {reason}\n"
 QUESTION = "\nWhich item does the customer choose next?"
 CANDIDATE = "{item}\nFit:"
 """A candidate is read as the assistant's answer; the logit is taken at its last token, which is the same for all."""

@@ -19,11 +19,14 @@ HISTORY = "A customer bought these products, oldest first:\n{history}\n\n"
 CHOICE = "Then the customer chose: {target}\n\n"
 
 INSTRUCTION = (
-    "Why did the customer choose it? Name the need or preference that the choice shares with the products bought "
-    'before, in two short sentences that begin with "The customer wants".'
+    "Why did the customer choose it? Which feature does it share with the products bought before? "
+    "Say in two short sentences what the customer looks for in a product."
 )
 
-TEMPLATE_SHA = hashlib.sha256("\0".join((SYSTEM, HISTORY, CHOICE, INSTRUCTION)).encode()).hexdigest()[:12]
+OPENING = "The customer looks for"
+"""How every rationale begins: small models keep to the point when the first words are given."""
+
+TEMPLATE_SHA = hashlib.sha256("\0".join((SYSTEM, HISTORY, CHOICE, INSTRUCTION, OPENING)).encode()).hexdigest()[:12]
 """Names the wording: rationales that were written under another one are stale."""
 
 

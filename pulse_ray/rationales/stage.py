@@ -71,7 +71,12 @@ class RationaleWorker:
             return derive(self.stage.config.seed, "rationales", example.history.example_id, attempt)
 
         return await gates.draw(
-            self.engine, self.engine.render(messages), prompts.INSTRUCTION, self.config.sampling, seed
+            self.engine,
+            self.engine.render(messages),
+            prompts.INSTRUCTION,
+            self.config.sampling,
+            seed,
+            prompts.OPENING,
         )
 
 

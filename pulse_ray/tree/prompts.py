@@ -19,17 +19,20 @@ HISTORY = "A customer bought these products, oldest first:\n{history}\n\n"
 NEIGHBOURS = "Customers with similar taste also bought:\n{items}\n\n"
 
 BASE = (
-    "What do the products that this customer liked have in common, and what will the customer want next because of it? "
-    'Answer in two short sentences that begin with "The customer wants".'
+    "Which feature do the products that this customer liked share? "
+    "Say in two short sentences what the customer looks for in a product and will want next."
 )
 
 REFINE = (
     "Another reader guessed: {thought}\n\n"
-    "Improve this guess. What need do the words of the products and reviews show, and what will the customer want next "
-    'because of it? Answer in two short sentences that begin with "The customer wants".'
+    "Improve this guess. Which feature do the words of the products and reviews show? "
+    "Say in two short sentences what the customer looks for in a product and will want next."
 )
 
-TEMPLATE_SHA = hashlib.sha256("\0".join((SYSTEM, HISTORY, NEIGHBOURS, BASE, REFINE)).encode()).hexdigest()[:12]
+OPENING = "The customer looks for"
+"""How every thought begins: small models keep to the point when the first words are given."""
+
+TEMPLATE_SHA = hashlib.sha256("\0".join((SYSTEM, HISTORY, NEIGHBOURS, BASE, REFINE, OPENING)).encode()).hexdigest()[:12]
 """Names the wording: a tree that was grown under another one is stale."""
 
 

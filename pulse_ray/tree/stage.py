@@ -94,7 +94,7 @@ class TreeWorker:
             def seed(attempt: int) -> int:
                 return derive(self.stage.config.seed, "tree", history.example_id, node_id, attempt)
 
-            return await gates.draw(engine, engine.render(messages), instruction, sampling, seed)
+            return await gates.draw(engine, engine.render(messages), instruction, sampling, seed, prompts.OPENING)
 
         return await grow(self.config.breadths, think)
 

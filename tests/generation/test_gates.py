@@ -43,6 +43,14 @@ def test_a_flawed_completion_is_drawn_again_with_the_next_seed() -> None:
     assert (kept.text, kept.seed, len(scribe.prompts)) == (GOOD, 12, 3)
 
 
+def test_an_opening_is_read_by_the_model_and_stands_before_what_it_adds() -> None:
+    scribe = Scribe(lambda prompt, seed: " creams without perfume, as scent made the skin itch.")
+    kept = asyncio.run(draw(scribe, "prompt ", INSTRUCTION, SamplingConfig(), lambda attempt: 1, "They want"))
+    assert isinstance(kept, Completion)
+    assert scribe.prompts == ["prompt They want"]
+    assert kept.text == "They want creams without perfume, as scent made the skin itch."
+
+
 def test_after_the_last_attempt_the_reason_is_told() -> None:
     assert _draw(Scribe(lambda prompt, seed: "No."), attempts=2) == Flaw(reason="too short", detail="No.")
 
