@@ -75,7 +75,7 @@ def _prepare_environment() -> None:
     """Variables that a local Ray hands down to its workers."""
     # Ray would hide GPUs from an actor that asks for none; vLLM and DeepSpeed decide for themselves.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # Ray would give every actor as many threads as it takes logical CPUs; a stage has one busy actor on a small machine.
+    # Ray would give every actor as many threads as it takes logical CPUs; a small machine has one busy actor at a time.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     # Threads that wait spin only briefly: several processes share the cores.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
