@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from pulse_ray.schema import Item
 from pulse_ray.workspace import Artefact
@@ -11,8 +11,11 @@ Catalogue = Mapping[str, Mapping[str, Item]]
 """`catalogue[domain][item_id]`."""
 
 
-def load(artefact: Artefact) -> Catalogue:
+def load(artefact: Artefact, wanted: Container[tuple[str, str]] | None = None) -> Catalogue:
     """Reads the `items` artefact, one part after another.
+
+    Args:
+        wanted: domain and id of the items to keep; unset keeps all.
 
     Raises:
         ArtifactError: a part is damaged.
@@ -22,5 +25,6 @@ def load(artefact: Artefact) -> Catalogue:
         for row in data.to_pylist():
             domain = row.pop("domain")
             row["categories"] = tuple(row["categories"])
-            found.setdefault(domain, {})[row["item_id"]] = Item(**row)
+            if wanted is None or (domain, row["item_id"]) in wanted:
+                found.setdefault(domain, {})[row["item_id"]] = Item(**row)
     return found

@@ -202,6 +202,8 @@ def diagnose(
     overrides: Overrides = None,
     dry_run: DryRun = False,
 ) -> None:
+    if config is None and (overrides or dry_run):
+        raise typer.BadParameter("--set and --dry-run need a CONFIG")
     settings = _load(config, overrides) if config else None
     if dry_run and settings:
         _print_plan(settings, list(STAGES))
@@ -246,7 +248,7 @@ def fetch_model(
 ) -> None:
     from pulse_ray import models
 
-    typer.echo(models.fetch(name))
+    typer.echo(models.resolve(name))
 
 
 def main() -> None:

@@ -70,6 +70,8 @@ class Amazon2018Source(Section):
 
 
 Source = Annotated[SyntheticSource | Amazon2018Source, Field(discriminator="kind")]
+SOURCES: dict[str | int, type[Section]] = {"synthetic": SyntheticSource, "amazon2018": Amazon2018Source}
+"""Sources by `kind`."""
 
 
 class DomainConfig(Section):
@@ -126,7 +128,7 @@ class TrainingConfig(Section):
     warmup_fraction: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: Literal[0, 1, 2] = 2
     precision: Literal["bf16", "fp32"] = "fp32"
     evaluations_per_epoch: Annotated[float, Field(gt=0)] = Field(1.0, description="0.2 validates every fifth epoch")
     patience: Count = Field(3, description="evaluations without a better score before training stops")
@@ -174,6 +176,9 @@ class CandidatesConfig(Section):
     size: Annotated[int, Field(ge=2)] = Field(10, description="K: the target and K - 1 negatives")
     sampler: Literal["uniform", "popularity", "sasrec"] = "uniform"
     similar_users: Count = 5
+    max_reject_fraction: Annotated[Fraction, OPERATIONAL] = Field(
+        0.05, description="examples for which the catalogue holds too few items that the user never touched"
+    )
     sasrec: SasrecConfig = SasrecConfig()
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
 
@@ -298,11 +303,20 @@ class EvaluateConfig(Section):
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
     token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the scorer")
 
+    @field_validator("splits")
+    @classmethod
+    def _distinct(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(splits)) < len(splits):
+            raise ValueError(f"splits repeat: {splits}")
+        return splits
+
 
 class Config(Section):
     """A whole experiment."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", description="the run's folder below `storage`")]
+    name: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="the run's folder below `storage`")
+    ]
     storage: Annotated[str, OPERATIONAL] = Field("runs", description="folder or URI (s3://, gs://) that holds runs")
     seed: Annotated[int, Field(ge=0)] = 0
     cluster: Annotated[ClusterConfig, OPERATIONAL] = ClusterConfig()
@@ -338,6 +352,12 @@ class Config(Section):
                 raise ValueError("evaluate.splits holds validation, so tree.validation_examples must be unset")
             if grown < (self.ranker.training.validation_examples or grown + 1):
                 raise ValueError("tree.validation_examples is below ranker.training.validation_examples")
+        space = self.thought_space.training
+        if space.workers.count > 1 or (space.micro_batch_size or space.batch_size) < space.batch_size:
+            raise ValueError(
+                "thought_space.training takes its negatives from one worker's batch: leave workers.count at 1 and "
+                "micro_batch_size unset"
+            )
         if self.thought_space.text.history_tokens >= self.thought_space.max_tokens:
             raise ValueError("thought_space.text.history_tokens must be below thought_space.max_tokens")
         return self
@@ -385,6 +405,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ) from error
     except IsADirectoryError as error:
         raise ConfigError(f"{path} is a folder", remedy="Give the path of a YAML file") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}", remedy="Give the path of a YAML file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         where = f"{path}:{line + 1}" if line is not None else str(path)
@@ -437,13 +459,14 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _explain(error: ValidationError, source: str) -> ConfigError:
     """The first complaint of pydantic as one line with the key's path, and what is allowed there."""
     first = error.errors(include_url=False)[0]
-    # pydantic puts the tag of a discriminated union into the path; no such key stands in the file.
-    tags = {"synthetic", "amazon2018"}
-    path = [str(part) for part in first["loc"] if part not in tags]
+    # pydantic puts the tags of unions into the path; no such keys stand in the file.
+    path = [
+        str(part) for part in first["loc"] if part not in SOURCES and str(part).isidentifier() | isinstance(part, int)
+    ]
     key = ".".join(path) or "the configuration"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        known = _keys_at(path[:-1])
+        known = _keys_at(first["loc"][:-1])
         near = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"Did you mean '{near[0]}'?" if near else f"Known keys there: {', '.join(known)}"
         return ConfigError(f"{source}: unknown key '{key}'{more}", remedy=hint)
@@ -456,18 +479,14 @@ def _explain(error: ValidationError, source: str) -> ConfigError:
     return ConfigError(f"{source}: '{key}' is {value}{more}", remedy=first["msg"])
 
 
-def _keys_at(path: Sequence[str]) -> list[str]:
-    kind: Any = Config
+def _keys_at(path: Sequence[str | int]) -> list[str]:
+    """Keys of the section at a path of pydantic's."""
+    kind: type[BaseModel] = Config
     for part in path:
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            break
-        kind = (
-            DomainConfig
-            if part == "domains"
-            else kind.model_fields[part].annotation
-            if part in kind.model_fields
-            else kind
-        )
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return list(kind.model_fields)
-    return [*SyntheticSource.model_fields, *Amazon2018Source.model_fields]
+        if part == "domains":
+            kind = DomainConfig
+        elif part in SOURCES:
+            kind = SOURCES[part]
+        elif part in kind.model_fields and isinstance(inner := kind.model_fields[str(part)].annotation, type):
+            kind = inner
+    return list(kind.model_fields)

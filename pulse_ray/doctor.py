@@ -58,7 +58,7 @@ def examine(config: Config | None = None) -> Iterator[Finding]:
     """Findings one after another; with a configuration, about its models, storage and devices as well."""
     yield _python()
     yield _compiler()
-    torch, gpus = _torch(config)
+    torch, gpus = _torch()
     yield torch
     yield _devices(gpus, config)
     for distributions, module in (
@@ -77,6 +77,8 @@ def examine(config: Config | None = None) -> Iterator[Finding]:
 def models_of(config: Config, stages: Iterable[str]) -> list[str]:
     """Names of the models that `stages` load, sorted."""
     sections = {key: getattr(config, key) for stage in stages for key in STAGES[stage][0].settings}
+    if "evaluate" in stages:
+        sections["ranker"] = config.ranker  # Its settings came in with the adapter; its base model is loaded anew.
     kinds = (EngineConfig, ThoughtSpaceConfig, RankerConfig)
     return sorted({section.model for section in sections.values() if isinstance(section, kinds)})
 
@@ -112,7 +114,7 @@ def _compiler() -> Finding:
     )
 
 
-def _torch(config: Config | None) -> tuple[Finding, list[str]]:
+def _torch() -> tuple[Finding, list[str]]:
     finding, facts = _package(("torch",), "torch")
     return finding, facts.get("gpus", [])
 

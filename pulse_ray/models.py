@@ -108,15 +108,10 @@ def resolve(name: str) -> Path:
     return _fetch_snapshot(name)
 
 
-def fetch(name: str) -> Path:
-    """Makes sure that a model is on this machine, for runs that shall not download. The same errors as `resolve`."""
-    return resolve(name)
-
-
 def available(name: str) -> str | None:
     """Where a model would come from, looked up on this machine alone; None where it would have to be downloaded."""
     if Path(name).expanduser().is_dir():
-        return "local folder"
+        return "local folder" if (Path(name).expanduser() / "config.json").is_file() else None
     if name in _PACKAGES:
         return f"cached in {_cached(name)}" if _cached(name).is_dir() else None
     from huggingface_hub import snapshot_download

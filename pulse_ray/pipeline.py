@@ -99,6 +99,7 @@ STAGES: dict[str, tuple[StageSpec, str]] = {
                 summary="score held-out examples; metrics and report",
                 settings=("seed", "evaluate"),
                 inputs=(
+                    "interactions",
                     "items",
                     "examples",
                     "candidates",
@@ -166,21 +167,30 @@ def execute(config: Config, stages: Sequence[str] | None = None) -> Iterator[Don
         if name not in runs:
             raise ConfigError(f"no stage '{name}'", remedy=f"Stages are {', '.join(runs)}")
     pending = [name for name in wanted if runs[name].condition() != "complete"]
+    if pending:
+        runs[pending[0]].workspace.claim()
+        _check_inputs(runs[pending[0]], runs)  # Before Ray starts, which takes seconds.
     with ExitStack() as stack:
         for name in wanted:
             if name not in pending:
                 yield Done(stage=name, ran=False, seconds=0.0)
                 continue
             if name == pending[0]:
-                from pulse_ray.runtime import cluster  # Ray takes seconds to import; a finished run needs none of it.
+                from pulse_ray import runtime  # Ray takes seconds to import; a finished run needs none of it.
 
-                stack.enter_context(cluster(config.cluster))
+                stack.enter_context(runtime.cluster(config.cluster))
+                for later in pending:
+                    runtime.check_resources(config, runs[later].spec.settings)
             run = runs[name]
             _check_inputs(run, runs)
             started = time.monotonic()
             if not run.spec.begins_itself:
                 run.begin()
-            metrics = importlib.import_module(STAGES[name][1]).run(run)
+            try:
+                metrics = importlib.import_module(STAGES[name][1]).run(run)
+            except BaseException:
+                run.pause(time.monotonic() - started)
+                raise
             seconds = time.monotonic() - started
             run.complete(seconds, metrics)
             yield Done(stage=name, ran=True, seconds=seconds)

@@ -36,7 +36,7 @@ class Bar:
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
         self.title, self.total, self.unit = title, total, unit
-        self.done = 0
+        self.done = self.skipped = 0
         self._figures = ""
         self._started = self._logged = time.monotonic()
         self._bar: Progress | None = None
@@ -65,6 +65,13 @@ class Bar:
         elif kind is None and self.done:
             self._log()
 
+    def skip(self, units: int) -> None:
+        """Counts `units` as done before: they tell nothing about the time that is left."""
+        self.skipped += units
+        self.done += units
+        if self._bar:
+            self._bar.reset(self._task, completed=self.done, figures="")
+
     def advance(self, units: int = 1, figures: Mapping[str, str] | None = None) -> None:
         """Counts `units` more as done and shows `figures`, e.g. `{"tokens/s": "279"}`."""
         self.done += units
@@ -79,6 +86,7 @@ class Bar:
         self._logged = now = time.monotonic()
         elapsed = now - self._started
         line = f"{self.title}: {self.done}{f'/{self.total}' if self.total else ''} {self.unit}, {elapsed:.0f} s"
-        if self.total and 0 < self.done < self.total:
-            line += f", {elapsed / self.done * (self.total - self.done):.0f} s left"
+        made = self.done - self.skipped
+        if self.total and made and self.done < self.total:
+            line += f", {elapsed / made * (self.total - self.done):.0f} s left"
         print(f"{line}  {self._figures}".rstrip(), file=sys.stderr, flush=True)

@@ -12,18 +12,20 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
 import ray.data
+from pydantic import BaseModel
 
-from pulse_ray.config import ClusterConfig, PoolConfig
-from pulse_ray.errors import ArtifactError, PulseError, from_values, to_values
+from pulse_ray.config import ClusterConfig, Config, PoolConfig, WorkersConfig
+from pulse_ray.errors import ArtifactError, ConfigError, PulseError, from_values, to_values
 from pulse_ray.progress import Bar
 from pulse_ray.schema import Reject
 from pulse_ray.workspace import Part, StageRun
@@ -69,6 +71,36 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_resources(config: Config, sections: Iterable[str]) -> None:
+    """Whether a local Ray has what the pools and workers of some sections ask for: without it they would wait for ever.
+
+    A cluster at an address is not looked at: it may grow.
+
+    Raises:
+        ConfigError: naming the first setting that asks for more.
+    """
+    if config.cluster.address is not None:
+        return
+    total = ray.cluster_resources()
+    for key, setting in (entry for name in sections for entry in _demands(name, getattr(config, name))):
+        count = setting.min if isinstance(setting, PoolConfig) else setting.count
+        for resource, share in (("CPU", setting.cpus), ("GPU", setting.gpus)):
+            if count * share > total.get(resource, 0):
+                raise ConfigError(
+                    f"{key} asks for {count * share:g} {resource}s; Ray has {total.get(resource, 0):g} on this machine",
+                    remedy=f"Lower {key}, or set cluster.address to a cluster that has them",
+                )
+
+
+def _demands(key: str, value: Any) -> Iterator[tuple[str, PoolConfig | WorkersConfig]]:
+    """Pools and workers anywhere in a section, with their keys."""
+    if isinstance(value, PoolConfig | WorkersConfig):
+        yield key, value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _demands(f"{key}.{name}", getattr(value, name))
 
 
 def _prepare_environment() -> None:
@@ -137,7 +169,7 @@ def run_shards(
         PulseError: as raised by a worker.
     """
     outputs = stage.spec.outputs if outputs is None else tuple(outputs)
-    todo = stage.todo(parts, outputs[-1])
+    todo = stage.todo(parts, outputs)
     totals: Counter[str] = Counter()
     if not todo:
         return {}
@@ -155,7 +187,7 @@ def run_shards(
     )
     started = time.monotonic()
     with Bar(title, len(parts), "parts") as bar:
-        bar.advance(len(parts) - len(todo))
+        bar.skip(len(parts) - len(todo))
         for row in data.iter_rows():
             if row["error"] is not None:
                 raise from_values(row["error"])
@@ -173,11 +205,14 @@ class _Committer:
     ) -> None:
         self.stage = stage
         self.outputs = outputs
-        self.worker = worker(*args)
+        self.make_worker: Callable[[], ShardWorker] = partial(worker, *args)
+        self.worker: ShardWorker | None = None
 
     async def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part = str(row["part"])
         try:
+            # Built here and not above: Ray would take an error in a constructor for a dead actor, and try again.
+            self.worker = self.worker or self.make_worker()
             output = self.worker(part)
             if inspect.isawaitable(output):
                 output = await output
@@ -185,7 +220,7 @@ class _Committer:
             return {"part": part, "error": to_values(error), "names": [], "values": []}
         self._check(part, output)
         self.stage.reject(part, output.rejects)
-        for name in self.outputs:  # `todo` looks at the last output, so the others must be there before it.
+        for name in self.outputs:
             self.stage.output(name).write(part, output.tables[name])
         figures = {"examples": output.examples, **output.figures}
         return {"part": part, "error": None, "names": list(figures), "values": [float(v) for v in figures.values()]}

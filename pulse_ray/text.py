@@ -10,6 +10,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from pulse_ray.schema import History, Interaction, Item
 
@@ -65,6 +66,12 @@ def neutralise(text: str, special_tokens: Iterable[str] = ()) -> str:
         if token.strip() and token in text:
             text = text.replace(token, f"{token[0]} {token[1:-1].strip('|')} {token[-1]}" if len(token) > 2 else " ")
     return text
+
+
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Texts that a tokenizer reads as control tokens, sorted: its special tokens, named or merely added."""
+    added = tokenizer.added_tokens_decoder.values()
+    return tuple(sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}))
 
 
 def clip_words(text: str, words: int) -> str:

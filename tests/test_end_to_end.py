@@ -1,4 +1,4 @@
-"""The whole pipeline with real vLLM, DeepSpeed and Ray on tiny random models: once undisturbed, once killed twice."""
+"""The whole pipeline, real vLLM, DeepSpeed and Ray on tiny random models: undisturbed, and killed and interrupted."""
 
 from __future__ import annotations
 
@@ -89,7 +89,12 @@ def _start(config: Path) -> subprocess.Popen[str]:
     # A file: a pipe that the driver's children inherit would keep `communicate` waiting after a kill.
     log = config.with_suffix(".log").open("a")
     return subprocess.Popen(
-        [sys.executable, "-m", "pulse_ray.cli", "run", str(config)], stdout=log, stderr=log, text=True
+        [sys.executable, "-m", "pulse_ray.cli", "run", str(config)],
+        stdout=log,
+        stderr=log,
+        text=True,
+        # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
 
 
@@ -101,8 +106,8 @@ def _finish(config: Path) -> str:
     return log
 
 
-def _kill_when(config: Path, reached: Callable[[Workspace], bool]) -> None:
-    """Starts a run and kills its driver with -9 as soon as `reached` is true of the workspace."""
+def _stop_when(config: Path, reached: Callable[[Workspace], bool], how: signal.Signals) -> int:
+    """Starts a run and signals its driver as soon as `reached` is true of the workspace. Returns the exit code."""
     workspace = _workspace(config)
     driver = _start(config)
     deadline = time.monotonic() + PATIENCE_S
@@ -110,8 +115,8 @@ def _kill_when(config: Path, reached: Callable[[Workspace], bool]) -> None:
         assert driver.poll() is None, config.with_suffix(".log").read_text()
         assert time.monotonic() < deadline, config.with_suffix(".log").read_text()
         time.sleep(0.1)
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
+    os.kill(driver.pid, how)
+    return driver.wait(timeout=PATIENCE_S)
 
 
 def _workspace(config: Path) -> Workspace:
@@ -153,27 +158,34 @@ def test_every_example_is_accounted_for_and_a_second_run_does_nothing(undisturbe
 
 
 @pytest.mark.slow
-def test_a_driver_killed_twice_gives_the_rows_of_an_undisturbed_run(
+def test_a_driver_killed_and_interrupted_gives_the_rows_of_an_undisturbed_run(
     undisturbed: Path, configure: Callable[[str], Path]
 ) -> None:
     killed = configure("killed")
     source, target = Path(_workspace(undisturbed).path), Path(_workspace(killed).path)
+    _workspace(killed).claim()
     for name in ("interactions", "items", "examples", "sasrec", "neighbours", "candidates"):
         shutil.copytree(source / name, target / name)
 
     def some_rationales(workspace: Workspace) -> bool:
         return len(workspace.artefact("rationales").parts()) > 0 and workspace.artefact("rationales").manifest() is None
 
+    def some_thoughts(workspace: Workspace) -> bool:
+        return len(workspace.artefact("thoughts").parts()) > 0 and workspace.artefact("thoughts").manifest() is None
+
     def first_checkpoint(workspace: Workspace) -> bool:
         return len(list(Path(workspace.path).glob("ranker/none/checkpoints/run/checkpoint_*"))) > 0
 
-    _kill_when(killed, some_rationales)
+    _stop_when(killed, some_rationales, signal.SIGKILL)
     committed = {
         part: _workspace(killed).artefact("rationales").read_bytes(f"{part}.parquet")
         for part in _workspace(killed).artefact("rationales").parts()
     }
     assert conditions(load(killed))["rationales"] == "partial"
-    _kill_when(killed, first_checkpoint)
+    interrupted = _stop_when(killed, some_thoughts, signal.SIGINT)
+    assert interrupted == 130, killed.with_suffix(".log").read_text()
+    assert conditions(load(killed))["tree"] == "partial"
+    _stop_when(killed, first_checkpoint, signal.SIGKILL)
     for part, content in committed.items():
         assert _workspace(killed).artefact("rationales").read_bytes(f"{part}.parquet") == content, "done again"
     _finish(killed)

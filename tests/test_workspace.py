@@ -41,7 +41,7 @@ def test_the_life_of_an_artefact(tmp_path: Path) -> None:
     stage.begin()
     assert stage.condition() == "partial"
     output.write("train-0000-0001", rows("shop/a/1", "shop/b/1"))
-    assert stage.todo(["train-0000-0000", "train-0000-0001"], "rationales") == ["train-0000-0000"]
+    assert stage.todo(["train-0000-0000", "train-0000-0001"], ["rationales"]) == ["train-0000-0000"]
     stage.begin()  # As a run that resumes does.
     assert output.parts() == ["train-0000-0001"]
     stage.reject("train-0000-0000", [Reject(key="shop/c/1", reason="too short"), Reject(key="d", reason="too short")])
@@ -69,6 +69,54 @@ def test_another_fingerprint_makes_stale_and_starts_over(tmp_path: Path) -> None
     assert changed.output("rationales").files() == [BEGIN]
     assert changed.rejected() == {}
     assert changed.condition() == "partial"
+
+
+def test_a_part_is_made_again_if_one_of_its_tables_is_gone(tmp_path: Path) -> None:
+    spec = StageSpec(name="candidates", settings=("seed",), inputs=(), outputs=("rationales", "reasons"), summary="")
+    stage = StageRun(workspace=Workspace(str(tmp_path), "run"), config=CONFIG, spec=spec, fingerprint="f1")
+    stage.begin()
+    for name in spec.outputs:
+        stage.output(name).write("train-0000-0000", table(name, []))
+    assert stage.todo(["train-0000-0000"], spec.outputs) == []
+    stage.output("rationales").delete()
+    assert stage.todo(["train-0000-0000"], spec.outputs) == ["train-0000-0000"]
+
+
+def test_rejects_of_an_attempt_that_was_killed_do_not_stay(tmp_path: Path) -> None:
+    stage = bind(tmp_path)
+    stage.begin()
+    stage.reject("train-0000-0000", [Reject(key="shop/a/1", reason="too short")])
+    stage.reject("train-0000-0000", [])
+    assert stage.rejected() == {}
+
+
+def test_the_time_of_attempts_adds_up(tmp_path: Path) -> None:
+    stage = bind(tmp_path)
+    stage.pause(5.0)  # It broke before it began: there is nothing that this time was spent on.
+    stage.begin()
+    for _ in range(2):
+        stage.pause(10.0)
+        stage.begin()
+    stage.complete(1.5)
+    manifest = stage.output("rationales").manifest()
+    assert manifest is not None
+    assert manifest.seconds == 21.5
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "run" / "examples").mkdir(parents=True)
+    with pytest.raises(ArtifactError, match="is no run of pulse-ray"):
+        Workspace(str(tmp_path), "run").claim()
+    for _ in range(2):
+        Workspace(str(tmp_path), "new").claim()
+
+
+def test_storage_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    output = Workspace(str(tmp_path / "file"), "run").artefact("rationales")
+    for use in (output.manifest, lambda: output.write("train-0000-0000", rows("shop/a/1"))):
+        with pytest.raises(ArtifactError, match=r"cannot use .*file"):
+            use()
 
 
 def test_a_write_that_fails_leaves_no_part(tmp_path: Path) -> None:

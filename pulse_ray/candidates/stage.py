@@ -13,6 +13,7 @@ from pulse_ray import training
 from pulse_ray.candidates.neighbours import NeighbourIndex
 from pulse_ray.candidates.sampling import draw_negatives, place_target
 from pulse_ray.candidates.sasrec import Key, Sasrec, SasrecTask, sequences
+from pulse_ray.errors import DataError
 from pulse_ray.runtime import ShardOutput, run_shards
 from pulse_ray.schema import Example, Reject, examples, table
 from pulse_ray.seeding import derive
@@ -43,7 +44,20 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
         outputs=("neighbours", "candidates"),
         title="candidates: sets and neighbours",
     )
+    _check_rejects(stage)
     return {"sasrec": training.best_metrics(record)}
+
+
+def _check_rejects(stage: StageRun) -> None:
+    rejected = sum(stage.rejected().values())
+    examples_artefact = stage.input("examples")
+    total = sum(examples_artefact.num_rows(part) for part in examples_artefact.parts())
+    if rejected > stage.config.candidates.max_reject_fraction * total:
+        raise DataError(
+            f"{rejected} of {total} examples have fewer than {stage.config.candidates.size - 1} items that the user "
+            "never touched",
+            remedy="Lower candidates.size, or raise candidates.max_reject_fraction",
+        )
 
 
 class CandidateWorker:
@@ -54,9 +68,11 @@ class CandidateWorker:
         self.config = stage.config.candidates
         with tempfile.TemporaryDirectory() as local:
             self.model = Sasrec.load(stage.output("sasrec").download(Path(local)))
-        self.domains: dict[str, list[int]] = defaultdict(list)
+        places: dict[str, list[int]] = defaultdict(list)
         for (domain, _), index in self.model.index.items():
-            self.domains[domain].append(index)
+            places[domain].append(index)
+        self.domains = {domain: np.array(indices) for domain, indices in places.items()}
+        """Indices of a domain's items, ascending."""
         self.popularity = np.zeros(1 + len(self.model.vocabulary))
         for data in stage.input("items").tables(columns=["domain", "item_id", "popularity"]):
             for domain, item, count in zip(*(column.to_pylist() for column in data.columns), strict=True):
@@ -99,8 +115,7 @@ class CandidateWorker:
 
     def _draw(self, row: Example, state: np.ndarray, touched: set[str]) -> dict[str, Any] | None:
         domain = row.history.domain
-        own = np.array(self.domains[domain])
-        place = {index: local for local, index in enumerate(own.tolist())}
+        own = self.domains[domain]
         scores = self.model.logits(state[None])[0]
         target = self.model.index[(domain, row.target_item)]
         rng = np.random.default_rng(derive(self.stage.config.seed, "candidates", row.history.example_id))
@@ -108,7 +123,7 @@ class CandidateWorker:
             rng,
             self.config.size - 1,
             len(own),
-            {place[index] for index in self.model.indices(domain, touched | {row.target_item})},
+            set(np.searchsorted(own, self.model.indices(domain, touched | {row.target_item})).tolist()),
             weights=self.popularity[own] if self.config.sampler == "popularity" else None,
             scores=scores[own] if self.config.sampler == "sasrec" else None,
         )

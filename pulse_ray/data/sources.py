@@ -270,7 +270,7 @@ def _lines(address: str, downloads: str) -> Iterator[tuple[int, bytes]]:
     except gzip.BadGzipFile as error:
         what = f"{address}:{number + 1} is damaged: {error}" if number else f"{address} is not gzip"
         raise DataError(what, remedy=f"{again}; a plain file's name must not end in .gz") from error
-    except (zlib.error, OSError) as error:
+    except (zlib.error, OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{address}:{number + 1} cannot be read: {error}", remedy=again) from error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pulse_ray import catalogue
 from pulse_ray.catalogue import Catalogue
 from pulse_ray.evaluation.protocol import Protocol, main_variant, models, protocol_of
 from pulse_ray.schema import Example, Split, examples
@@ -78,9 +79,37 @@ class Case:
     target_rank: int
 
 
-def collect(stage: StageRun, items: Catalogue) -> list[Case]:
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """An example and its rows of the tables."""
+
+    example: Example
+    scores: Rows
+    thoughts: Rows
+    reasons: Rows
+
+    def items(self) -> Iterator[tuple[str, str]]:
+        """Domain and id of every item that is shown."""
+        domain = self.example.history.domain
+        for step in self.example.history.interactions:
+            yield domain, step.item_id
+        for row in self.scores:
+            for item in row["items"]:
+                yield domain, item
+
+
+def collect(stage: StageRun) -> list[Case]:
     """The first examples of different users, from as few parts of the test split as hold them."""
-    found: dict[tuple[str, str], Case] = {}
+    found = _find(stage)
+    items = catalogue.load(stage.input("items"), wanted={key for one in found for key in one.items()})
+    return [_case(stage, items, one) for one in found]
+
+
+def _find(stage: StageRun) -> list[_Found]:
+    found: dict[tuple[str, str], _Found] = {}
     splits = stage.config.evaluate.splits
     split: Split = "test" if "test" in splits else splits[0]
     for part in stage.output("scores").parts(split):
@@ -92,38 +121,29 @@ def collect(stage: StageRun, items: Catalogue) -> list[Case]:
                 return list(found.values())
             history = example.history
             if scores[history.example_id] and (history.domain, history.user_id) not in found:
-                found[history.domain, history.user_id] = _case(
-                    stage,
-                    items,
-                    example,
-                    scores[history.example_id],
-                    thoughts[history.example_id],
-                    reasons[history.example_id],
+                found[history.domain, history.user_id] = _Found(
+                    example=example,
+                    scores=scores[history.example_id],
+                    thoughts=thoughts[history.example_id],
+                    reasons=reasons[history.example_id],
                 )
     return list(found.values())
 
 
-def _grouped(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, list[Mapping[str, Any]]]:
+def _grouped(rows: Rows) -> Mapping[str, list[Mapping[str, Any]]]:
     grouped: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         grouped[row["example_id"]].append(row)
     return grouped
 
 
-def _case(
-    stage: StageRun,
-    items: Catalogue,
-    example: Example,
-    scores: Sequence[Mapping[str, Any]],
-    thoughts: Sequence[Mapping[str, Any]],
-    reasons: Sequence[Mapping[str, Any]],
-) -> Case:
+def _case(stage: StageRun, items: Catalogue, found: _Found) -> Case:
     main = main_variant(stage.config)
-    history = example.history
+    history = found.example.history
     titles = {item_id: item.title for item_id, item in items[history.domain].items()}
-    by_model = {row["variant"]: row for row in scores}
+    by_model = {row["variant"]: row for row in found.scores}
     chosen: dict[str, list[Choice]] = defaultdict(list)
-    for row in reasons:
+    for row in found.reasons:
         chosen[row["node_id"]].append(Choice(selector=row["selector"], agreement=row["agreement"]))
     others = tuple(model for model in models(stage.config) if model != main)
     return Case(
@@ -139,9 +159,9 @@ def _case(
             )
             for step in history.interactions
         ),
-        target=titles[example.target_item],
-        tree=next(_nodes(thoughts, chosen), None),
-        reason=next((row["text"] for row in reasons if row["selector"] == main), None),
+        target=titles[found.example.target_item],
+        tree=next(_nodes(found.thoughts, chosen), None),
+        reason=next((row["text"] for row in found.reasons if row["selector"] == main), None),
         model=main,
         protocol=protocol_of(main, stage.config),
         others=others,
@@ -159,9 +179,7 @@ def _date(timestamp: int) -> str:
     return datetime.fromtimestamp(timestamp, UTC).date().isoformat() if timestamp > 86400 else ""
 
 
-def _nodes(
-    thoughts: Sequence[Mapping[str, Any]], chosen: Mapping[str, Sequence[Choice]], parent: str | None = None
-) -> Iterator[Node]:
+def _nodes(thoughts: Rows, chosen: Mapping[str, Sequence[Choice]], parent: str | None = None) -> Iterator[Node]:
     """The children of `parent` with all that hangs below them; the root for None."""
     for row in thoughts:
         if _parent(row["node_id"]) == parent:

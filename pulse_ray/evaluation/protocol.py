@@ -94,8 +94,8 @@ def main_variant(config: Config) -> str:
 
 
 def protocol_of(model: str, config: Config) -> Protocol:
-    """The protocol under which a ranker's reasons were selected; what is given no reason is `deployable`."""
-    return "deployable" if model in (*BASELINES, "none") else config.select.protocol
+    """The protocol under which a model's reasons were selected; only the Thought Space's selector sees behaviours."""
+    return config.select.protocol if model == "thought_space" else "deployable"
 
 
 def metric_rows(tally: Tally, config: Config) -> list[MetricRow]:

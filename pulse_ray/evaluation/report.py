@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 from safetensors.numpy import load
 
-from pulse_ray import catalogue, metrics, seeding
+from pulse_ray import metrics, seeding
 from pulse_ray.evaluation import cases, plots
 from pulse_ray.evaluation.cases import Case
 from pulse_ray.evaluation.protocol import MetricRow, Protocol, best, main_variant, protocol_of
@@ -35,11 +35,11 @@ LABELS = {
 
 
 MEASURES = {
-    "r@1": "R@1, rationale → behaviour",
-    "r@1_history_only": "R@1, rationale → history without the target",
+    "r@1": "R@1 among {retrieval_pool}, rationale → behaviour",
+    "r@1_history_only": "R@1 among {retrieval_pool}, rationale → history without the target",
     "loss": "Contrastive loss",
 }
-"""What readers see for a measure of the Thought Space."""
+"""What readers see for a measure of the Thought Space, filled in from the encoders' metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def collect(stage: StageRun, rows: Sequence[MetricRow], *, seconds: float) -> Pa
         curves=list(_curves(stage)),
         projection=_projection(stage),
         retrieval=_retrieval(by_name["encoders"].metrics),
-        cases=cases.collect(stage, catalogue.load(stage.input("items"))),
+        cases=cases.collect(stage),
         generation=[
             Generation(
                 title=title,
@@ -241,7 +241,7 @@ def _retrieval(measured: Mapping[str, Any]) -> list[Retrieval]:
     names = [key.removesuffix("_before") for key in measured if key.endswith("_before")]
     return [
         Retrieval(
-            title=MEASURES.get(name, name.replace("_", " ")),
+            title=MEASURES.get(name, name.replace("_", " ")).format(**measured),
             before=measured[f"{name}_before"],
             after=measured[f"{name}_after"],
         )
@@ -256,8 +256,8 @@ def _content(artefact: Artefact, name: str) -> bytes:
 
 
 def _manifests(stage: StageRun) -> Iterator[Manifest]:
-    for name in ("interactions", *stage.spec.inputs):
-        manifest = stage.workspace.artefact(name).manifest()
+    for name in stage.spec.inputs:
+        manifest = stage.input(name).manifest()
         assert manifest is not None, f"stage {stage.spec.name} runs without {name}"
         yield manifest
 

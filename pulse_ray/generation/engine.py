@@ -18,6 +18,7 @@ from pulse_ray import models
 from pulse_ray.config import EngineConfig, SamplingConfig
 from pulse_ray.errors import ArtifactError, GenerationError
 from pulse_ray.generation import reaper
+from pulse_ray.text import control_tokens
 
 Message = dict[str, str]
 """One turn of a conversation: `role` (system, user, assistant) and `content`."""
@@ -77,8 +78,7 @@ class Engine:
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
         """Texts that the tokenizer reads as control tokens; they must not come from users (`text.neutralise`)."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        return tuple(sorted({*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}))
+        return control_tokens(self.tokenizer)
 
     def count(self, text: str) -> int:
         """Tokens of a text."""

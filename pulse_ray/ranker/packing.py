@@ -19,7 +19,7 @@ import torch
 from pulse_ray.config import RankerConfig
 from pulse_ray.ranker.prompts import RankRow, answer, question
 from pulse_ray.schema import Item
-from pulse_ray.text import history_text, neutralise
+from pulse_ray.text import control_tokens, history_text, neutralise
 
 PROMPT, PAD = 0, -1
 
@@ -114,7 +114,7 @@ class PromptEncoder:
 
     def __init__(self, tokenizer: Any, config: RankerConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
-        self.special = list(tokenizer.all_special_tokens)
+        self.special = control_tokens(tokenizer)
         self.pad_token: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def prompt_text(self, row: RankRow, items: Mapping[str, Item]) -> str:

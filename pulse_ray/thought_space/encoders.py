@@ -66,7 +66,7 @@ class Encoders(nn.Module):
 
     @staticmethod
     def _embed(tower: SentenceTransformer, features: dict[str, torch.Tensor]) -> torch.Tensor:
-        return F.normalize(tower(dict(features))["sentence_embedding"], dim=-1)
+        return F.normalize(tower(dict(features))["sentence_embedding"].float(), dim=-1)
 
     def tokens(self, tower: Tower, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Token features of texts, padded to the longest: each [B, L]."""
@@ -77,6 +77,8 @@ class Encoders(nn.Module):
     def encode(self, tower: Tower, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts: [n, D] float32, batched by length."""
         model: SentenceTransformer = getattr(self, tower)
+        if not texts:
+            return np.zeros((0, model.get_embedding_dimension() or 0), dtype=np.float32)
         vectors = model.encode(
             list(texts),
             batch_size=ENCODE_BATCH,
@@ -84,7 +86,7 @@ class Encoders(nn.Module):
             show_progress_bar=False,
             convert_to_numpy=True,
         )
-        return cast(np.ndarray, vectors.astype(np.float32)).reshape(len(texts), -1)
+        return cast(np.ndarray, vectors.astype(np.float32))
 
     def counter(self, tower: Tower) -> CountTokens:
         """Counts tokens as the tower's tokenizer does."""

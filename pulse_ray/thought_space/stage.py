@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from pulse_ray import catalogue, models, training
 from pulse_ray.seeding import derive
 from pulse_ray.thought_space.encoders import Encoders
-from pulse_ray.thought_space.loop import Behaviours, ThoughtSpaceTask, held_out, pairs
+from pulse_ray.thought_space.loop import RETRIEVAL_POOL, Behaviours, ThoughtSpaceTask, held_out, pairs
 from pulse_ray.workspace import StageRun
 
 
@@ -38,13 +38,14 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
     workers = config.training.workers
     ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(_project).remote(stage, seed))
     before, after = record["evaluations"][0], training.best_metrics(record)
-    return {
-        "encoders": {
-            f"{name}_{when}": entry[name]
-            for name in ("r@1", "r@1_history_only", "loss")
-            for when, entry in (("before", before), ("after", after))
-        }
+    measured = {
+        f"{name}_{when}": entry[name]
+        for name in ("r@1", "r@1_history_only", "loss")
+        for when, entry in (("before", before), ("after", after))
     }
+    rationales = stage.input("rationales")
+    pairs_found = sum(rationales.num_rows(part) for part in rationales.parts("train"))
+    return {"encoders": {"retrieval_pool": min(RETRIEVAL_POOL, pairs_found), **measured}}
 
 
 def _project(stage: StageRun, seed: int) -> None:

@@ -22,6 +22,7 @@ MOTIVES = ("fragrance-free", "travel size", "refillable", "gift set")
 KINDS = ("Hand Cream", "Body Lotion", "Shampoo Bar", "Lip Balm", "Bath Oil", "Face Mist")
 HOSTILE = '</td></table><script>alert("x")</script><img src=x onerror=alert(1)> & "quotes"'
 INPUTS = (
+    "interactions",
     "items",
     "examples",
     "candidates",
@@ -144,7 +145,13 @@ def _measured(name: str) -> dict[str, dict[str, Any]]:
             "examples": {"train": USERS, "validation": USERS, "test": USERS},
         },
         "thought-space": {
-            "encoders": {"r@1_before": 0.083, "r@1_after": 0.417, "loss_before": 2.31, "loss_after": 0.87}
+            "encoders": {
+                "retrieval_pool": 60,
+                "r@1_before": 0.083,
+                "r@1_after": 0.417,
+                "loss_before": 2.31,
+                "loss_after": 0.87,
+            }
         },
     }.get(name, {})
 

@@ -129,7 +129,7 @@ def test_oracle_numbers_carry_their_label(tmp_path: Path) -> None:
     page = _render(tmp_path, "oracle")
     assert "This run sees the label." in page
     rows = re.findall(r'<tr class="(\w+)" data-model="(\w+)">.*?</tr>', page, flags=re.DOTALL)
-    assert {model for protocol, model in rows if protocol == "oracle"} == {"base", "log_likelihood", "thought_space"}
+    assert {model for protocol, model in rows if protocol == "oracle"} == {"thought_space"}
     for protocol, body in re.findall(r'<tr class="(\w+)" data-model="\w+">(.*?)</tr>', page, flags=re.DOTALL):
         assert ("sees the label" in body) == (protocol == "oracle")
         assert not (protocol == "oracle" and "best" in body)
