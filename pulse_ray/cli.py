@@ -190,6 +190,32 @@ def status(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fa
 
 
 @app.command(
+    help="Score users from outside the experiment with a trained ranker, in parts on a pool of actors.\n\n"
+    "INPUT: parquet with user_id, history (item ids, or interactions, oldest first) and, if wanted, domain, candidates "
+    "(without: SASRec retrieves score.retrieve_k) and reason (without: as the run found it).\n\n"
+    "OUTPUT: a folder with user_scores (all logits), recommendations (the best) and rejects. A job that was killed "
+    "goes on where it was.\n\n"
+    "\b\nExamples:\n"
+    "  pulse-ray score configs/quickstart.yaml --input users.parquet --output runs/scored\n"
+    "  pulse-ray score configs/video_games.yaml --input s3://shop/users/ --output s3://shop/scored "
+    "--set score.pool.max=8\n"
+)
+def score(
+    config: ConfigPath,
+    users: Annotated[str, typer.Option("--input", metavar="URI", help="Parquet file, or a folder of them.")],
+    output: Annotated[str, typer.Option("--output", metavar="URI", help="Folder that the scores go to.")],
+    variant: Annotated[str | None, typer.Option("--variant", help="Ranker; same as --set score.variant=…")] = None,
+    top_n: Annotated[int | None, typer.Option("--top-n", help="Same as --set score.top_n=…")] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    short = {"variant": variant, "top_n": top_n}
+    given = [f"score.{key}={value}" for key, value in short.items() if value is not None]
+    settings = _load(config, [*(overrides or ()), *given])
+    _score(settings, users, output, dry_run=dry_run)
+
+
+@app.command(
     "doctor",
     help="Look at this machine: Python, packages, devices, memory, disk, models; say how to mend what is amiss.\n\n"
     "Exits with code 1 if something is broken that a run needs.\n\n"
@@ -249,11 +275,15 @@ def fetch_model(
     typer.echo(models.fetch(name))
 
 
-def main() -> None:
-    """The console script."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script.
+
+    Args:
+        arguments: what follows the program's name; unset takes the process's own.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    app()
+    app(args=arguments)
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Config:
@@ -278,6 +308,28 @@ def _execute(config: Config, stages: Sequence[str]) -> None:
     for position, done in enumerate(pipeline.execute(config, stages), 1):
         console.print(f"      done in {done.seconds:,.0f} s" if done.ran else "      complete already", highlight=False)
         announce(position)
+
+
+def _score(config: Config, users: str, output: str, *, dry_run: bool) -> None:
+    from pulse_ray import doctor
+    from pulse_ray.progress import console
+    from pulse_ray.scoring import job as scoring
+
+    job = scoring.prepare(config, users, output)
+    state = scoring.condition(job)
+    shards = len(job.users.shards(config.score.shard_users))
+    console.print(f"{job.users.rows:,} users in {shards:,} parts, ranked by {job.version}: {state}", highlight=False)
+    if ignored := job.users.ignored():
+        console.print(f"columns that nothing reads: {', '.join(ignored)}", highlight=False)
+    if dry_run:
+        typer.echo(config.to_json())
+        return
+    doctor.check_models(config, ["ranker"])
+    done = scoring.run(job)
+    aside = "".join(f", {count:,} set aside: {reason}" for reason, count in done.rejects.items())
+    typer.echo(f"Scored:  {done.users - sum(done.rejects.values()):,} of {done.users:,} users{aside}")
+    for name in job.stage.spec.outputs:
+        typer.echo(f"{name}: {job.stage.output(name).path}")
 
 
 def _print_plan(config: Config, stages: Sequence[str]) -> None:

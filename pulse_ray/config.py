@@ -299,6 +299,17 @@ class EvaluateConfig(Section):
     token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the scorer")
 
 
+class ScoreConfig(Section):
+    """Batch scoring of users from outside the experiment (`pulse-ray score`)."""
+
+    variant: Variant | None = Field(None, description="which ranker scores; unset takes the last of ranker.variants")
+    top_n: Count = Field(10, description="items in a user's recommendations")
+    retrieve_k: Count = Field(100, description="candidates that SASRec finds for a user who comes without any")
+    shard_users: Count = Field(256, description="users in a part of the output: the unit of work and of commit")
+    pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
+    token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the ranker")
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -315,6 +326,7 @@ class Config(Section):
     select: SelectConfig = SelectConfig()
     ranker: RankerConfig = RankerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    score: ScoreConfig = ScoreConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
@@ -338,6 +350,8 @@ class Config(Section):
                 raise ValueError("evaluate.splits holds validation, so tree.validation_examples must be unset")
             if grown < (self.ranker.training.validation_examples or grown + 1):
                 raise ValueError("tree.validation_examples is below ranker.training.validation_examples")
+        if self.score.variant is not None and self.score.variant not in self.ranker.variants:
+            raise ValueError(f"score.variant ({self.score.variant}) is not among ranker.variants")
         if self.thought_space.text.history_tokens >= self.thought_space.max_tokens:
             raise ValueError("thought_space.text.history_tokens must be below thought_space.max_tokens")
         return self

@@ -93,9 +93,9 @@ def _prepare_environment() -> None:
 class ShardOutput:
     """What a worker made of one part.
 
-    `tables` holds one table for each output that `run_shards` makes, all keyed by `example_id`, as `rejects` are.
-    `examples` is the number of examples that the worker was given. Every one of them must be in each table or among
-    the rejects. `figures` are added up over parts and shown as progress, e.g. `{"tokens": 4096}`.
+    `tables` holds one table for each output that `run_shards` makes, all keyed by the stage's `key`, as `rejects` are.
+    `examples` is the number of rows that the worker was given. Every one of them must be in each table or among the
+    rejects. `figures` are added up over parts and shown as progress, e.g. `{"tokens": 4096}`.
     """
 
     tables: Mapping[str, pa.Table]
@@ -187,15 +187,15 @@ class _Committer:
         self.stage.reject(part, output.rejects)
         for name in self.outputs:  # `todo` looks at the last output, so the others must be there before it.
             self.stage.output(name).write(part, output.tables[name])
-        figures = {"examples": output.examples, **output.figures}
+        figures = {self.stage.spec.rows: output.examples, **output.figures}
         return {"part": part, "error": None, "names": list(figures), "values": [float(v) for v in figures.values()]}
 
     def _check(self, part: Part, output: ShardOutput) -> None:
         rejected = {entry.key for entry in output.rejects}
         for name in self.outputs:
-            kept = set(output.tables[name].column("example_id").to_pylist())
-            assert not kept & rejected, f"{self.stage.spec.name}/{part}: an example is both in {name} and rejected"
+            kept = set(output.tables[name].column(self.stage.spec.key).to_pylist())
+            assert not kept & rejected, f"{self.stage.spec.name}/{part}: a row is both in {name} and rejected"
             assert len(kept) + len(rejected) == output.examples, (
-                f"{self.stage.spec.name}/{part}: {output.examples} examples in, {len(kept)} in {name}, "
+                f"{self.stage.spec.name}/{part}: {output.examples} {self.stage.spec.rows} in, {len(kept)} in {name}, "
                 f"{len(rejected)} rejected"
             )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tiny
@@ -23,7 +21,9 @@ WHOLE = 100_000
 
 
 def row(candidates: int, steps: int = 4, user: str = "u") -> RankRow:
-    history = tuple(Interaction(item_id=f"i{7 * n}", timestamp=n, rating=4.0, review="just right") for n in range(steps))
+    history = tuple(
+        Interaction(item_id=f"i{7 * n}", timestamp=n, rating=4.0, review="just right") for n in range(steps)
+    )
     return RankRow(
         history=History(example_id=f"d/{user}/9", domain="d", user_id=user, interactions=history),
         reason="They want fragrance-free care.",
