@@ -216,6 +216,46 @@ def score(
 
 
 @app.command(
+    help="Send a run, or one stage, to a Ray cluster as a job: this package, this configuration.\n\n"
+    "The job is named after the configuration. While it runs, or once it has succeeded, the same command finds it "
+    "instead of starting it twice; after a failure it starts it again. The cluster's token is read from "
+    "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. With --follow, the exit code is the job's.\n\n"
+    "\b\nExamples:\n"
+    "  pulse-ray submit configs/quickstart.yaml --follow\n"
+    "  pulse-ray submit configs/video_games.yaml --address http://head:8265 --stage tree "
+    "--set storage=s3://shop/pulse\n"
+)
+def submit(
+    config: ConfigPath,
+    address: Annotated[
+        str, typer.Option("--address", metavar="URL", help="Job server: the address of the cluster's dashboard.")
+    ] = "http://127.0.0.1:8265",
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="NAME", help="One stage; unset runs them all.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Print the job's log until it ends.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Start it also if it has succeeded before.")] = False,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    settings = _load(config, overrides)
+    from pulse_ray import submission
+    from pulse_ray.progress import console
+
+    job = submission.describe(settings, stage, QUIET)
+    console.print(f"{job.name}: {job.entrypoint}, storage {job.config.storage}", highlight=False)
+    if dry_run:
+        typer.echo(job.config.to_json())
+        return
+    client = submission.connect(address)
+    name, started = submission.start(client, job, again=again)
+    console.print(f"{'started' if started else 'found'} {name}", highlight=False)
+    if follow:
+        raise typer.Exit(submission.follow(client, name))
+    typer.echo(name)
+
+
+@app.command(
     "doctor",
     help="Look at this machine: Python, packages, devices, memory, disk, models; say how to mend what is amiss.\n\n"
     "Exits with code 1 if something is broken that a run needs.\n\n"

@@ -23,6 +23,7 @@ import ray
 import ray.data
 
 from pulse_ray.config import ClusterConfig, PoolConfig
+from pulse_ray.environment import WORKER_ENVIRONMENT
 from pulse_ray.errors import ArtifactError, PulseError, from_values, to_values
 from pulse_ray.progress import Bar
 from pulse_ray.schema import Reject
@@ -36,7 +37,8 @@ DEFAULT_LOGICAL_CPUS = 4
 def cluster(config: ClusterConfig) -> Iterator[None]:
     """Connects to the configured Ray cluster, or starts a local one and ends it afterwards.
 
-    A Ray that the process is already connected to is used as it is, and left running.
+    A Ray that the process is already connected to is used as it is, and left running. `RAY_ADDRESS`, which Ray sets for
+    the entry point of a job, counts like a configured address.
 
     Raises:
         ArtifactError: there is no cluster at the configured address.
@@ -45,7 +47,8 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if config.address is None:
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
         _prepare_environment()
         settings |= {
             "address": "local",
@@ -54,13 +57,13 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
             "include_dashboard": False,
         }
     else:
-        settings["address"] = config.address
+        settings["address"] = address
     try:
         ray.init(**settings)
     except ConnectionError as error:
         raise ArtifactError(
-            f"no Ray cluster at '{config.address}'",
-            remedy="Start one with `ray start --head`, or unset cluster.address",
+            f"no Ray cluster at '{address}'",
+            remedy="Start one with `ray start --head`, or unset cluster.address and RAY_ADDRESS",
         ) from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # It warns that bars are off.
@@ -73,15 +76,10 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
 
 def _prepare_environment() -> None:
     """Variables that a local Ray hands down to its workers."""
-    # Ray would hide GPUs from an actor that asks for none; vLLM and DeepSpeed decide for themselves.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # Ray would give every actor as many threads as it takes logical CPUs; a small machine has one busy actor at a time.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    # Threads that wait spin only briefly: several processes share the cores.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # Ray Train's controller looks after its workers so often, and a report waits for its next look.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().partition("flags")[2].partition("\n")[0].split() if cpu.exists() else []
     if "avx2" in flags and "avx512f" not in flags:

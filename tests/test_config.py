@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pulse_ray.config import Config, load
 from pulse_ray.errors import ConfigError
 from pulse_ray.pipeline import STAGES
+from pulse_ray.scoring.job import SPEC as SCORE
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -41,6 +42,8 @@ OPERATIONAL = (
     "ranker.gradient_checkpointing",
     "evaluate.pool",
     "evaluate.token_budget",
+    "score.pool",
+    "score.token_budget",
 )
 """Settings that say where and how fast, not what comes out: a run may change them half way."""
 
@@ -180,10 +183,10 @@ def _others(value: Any) -> list[Any]:
         return [not value]
     if isinstance(value, int | float):
         return [value + 1, value * 2, value / 2, value - 1]
-    return [*words, "other", 3]
+    return [*words, "thought_space", "other", 3]
 
 
-CONFIG = load(QUICKSTART, [f"{key}.pool.max=4" for key in ("engine", "candidates", "select", "evaluate")])
+CONFIG = load(QUICKSTART, [f"{key}.pool.max=4" for key in ("engine", "candidates", "select", "evaluate", "score")])
 
 
 @pytest.mark.parametrize("path", list(_settings(json.loads(CONFIG.to_json()))), ids=".".join)
@@ -191,6 +194,6 @@ def test_a_setting_enters_the_fingerprints_of_the_stages_that_read_it(path: tupl
     changed = _changed(CONFIG, path)
     key = ".".join(path)
     operational = any(key == name or key.startswith(f"{name}.") for name in OPERATIONAL)
-    for spec, _ in STAGES.values():
+    for spec in (SCORE, *(spec for spec, _ in STAGES.values())):
         differs = CONFIG.fingerprint(spec.settings) != changed.fingerprint(spec.settings)
         assert differs == (path[0] in spec.settings and not operational), spec.name

@@ -72,7 +72,9 @@ def prepare(config: Config, users: str, output: str) -> ScoreJob:
     inputs = {name: made_by[name] for name in SPEC.inputs}
     found = open_users(users, [domain.name for domain in config.prepare.domains])
     variant = config.score.variant or config.ranker.variants[-1]
-    marks = [*inputs.values(), *SPEC.constants, variant, *(file.mark for file in found.files)]
+    # Named or left unset, the same ranker gives the same scores.
+    config = config.model_copy(update={"score": config.score.model_copy(update={"variant": variant})})
+    marks = [*inputs.values(), *SPEC.constants, *(file.mark for file in found.files)]
     stage = StageRun(
         workspace=Workspace(output, ""),
         config=config,

@@ -142,6 +142,13 @@ def test_another_input_does_not_mix_with_an_older_output(tmp_path: Path, users: 
     assert scoring.condition(prepared(tmp_path, users, output="elsewhere")) == "missing"
 
 
+def test_a_ranker_that_is_named_is_the_one_left_unset(tmp_path: Path, users: Path) -> None:
+    assert (
+        prepared(tmp_path, users).stage.fingerprint
+        == prepared(tmp_path, users, variant="thought_space").stage.fingerprint
+    )
+
+
 def test_more_actors_go_on_with_the_same_output(tmp_path: Path, users: Path) -> None:
     prepared(tmp_path, users).stage.begin()
     assert scoring.condition(prepared(tmp_path, users, pool={"max": 9}, token_budget=9)) == "partial"
