@@ -44,6 +44,7 @@ OPERATIONAL = (
     "evaluate.token_budget",
     "score.pool",
     "score.token_budget",
+    "serve",
 )
 """Settings that say where and how fast, not what comes out: a run may change them half way."""
 
@@ -66,6 +67,9 @@ OPERATIONAL = (
         ("ranker.max_tokens=64", "leaves no room for the instruction in ranker.max_tokens", "Change"),
         ("candidates.sasrec.heads=7", "dim (32) is not a multiple of heads (7)", "Change"),
         ("name=a/b", "'name'", "pattern"),
+        ("serve.variant=base", "serve.variant is 'base', not one of ['thought_space']", "Change"),
+        ("serve.store=mysql://x", "'mysql://x' begins with neither sqlite:/// nor redis://", "Change"),
+        ("serve.ranker.token_bugdet=9", "unknown key 'serve.ranker.token_bugdet'", "token_budget"),
         ("tree.breadths", "override 'tree.breadths'", "--set tree.breadths=[2,2]"),
         ("=3", "override '=3'", "--set"),
         ("seed.deep=3", "'seed' is not a section", "--set"),
@@ -175,6 +179,7 @@ def _changed(config: Config, path: tuple[str, ...]) -> Config:
 
 def _others(value: Any) -> list[Any]:
     words = ["bf16", "fp32", "float32", "float16", "last", "single_pass", "popularity", "gbce", "oracle", "attention"]
+    words += ["thought_space", "redis://elsewhere:6379"]
     if isinstance(value, list) and value and isinstance(value[0], dict):  # domains
         return [[{**value[0], "name": "elsewhere"}]]
     if isinstance(value, list):
@@ -187,6 +192,9 @@ def _others(value: Any) -> list[Any]:
 
 
 CONFIG = load(QUICKSTART, [f"{key}.pool.max=4" for key in ("engine", "candidates", "select", "evaluate", "score")])
+POOLS = [f"{key}.pool" for key in ("engine", "candidates", "select", "evaluate")]
+POOLS += [f"serve.{key}.replicas" for key in ("ingress", "retriever", "ranker", "reasoner")]
+CONFIG = load(QUICKSTART, [f"{pool}.max=4" for pool in POOLS])
 
 
 @pytest.mark.parametrize("path", list(_settings(json.loads(CONFIG.to_json()))), ids=".".join)

@@ -71,7 +71,8 @@ def prepare(config: Config, users: str, output: str) -> ScoreJob:
     made_by = {artefact: run.fingerprint for run in plan.values() for artefact in run.spec.outputs}
     inputs = {name: made_by[name] for name in SPEC.inputs}
     found = open_users(users, [domain.name for domain in config.prepare.domains])
-    variant = config.score.variant or config.ranker.variants[-1]
+    variants = config.ranker.variants
+    variant = config.score.variant or ("thought_space" if "thought_space" in variants else variants[-1])
     # Named or left unset, the same ranker gives the same scores.
     config = config.model_copy(update={"score": config.score.model_copy(update={"variant": variant})})
     marks = [*inputs.values(), *SPEC.constants, *(file.mark for file in found.files)]
