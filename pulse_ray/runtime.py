@@ -23,7 +23,6 @@ import ray
 import ray.data
 
 from pulse_ray.config import ClusterConfig, PoolConfig
-from pulse_ray.environment import WORKER_ENVIRONMENT
 from pulse_ray.errors import ArtifactError, PulseError, from_values, to_values
 from pulse_ray.progress import Bar
 from pulse_ray.schema import Reject
@@ -31,6 +30,19 @@ from pulse_ray.workspace import Part, StageRun
 
 DEFAULT_LOGICAL_CPUS = 4
 """Least number of logical CPUs of a local Ray: with fewer, a training worker starves the data tasks beside it."""
+
+
+WORKER_ENVIRONMENT = {
+    # Ray would hide GPUs from an actor that asks for none; vLLM and DeepSpeed decide for themselves.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Threads that wait spin only briefly: several processes share the cores.
+    "GOMP_SPINCOUNT": "20000",
+    # Ray Train's controller looks after its workers so often, and a report waits for its next look.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+}
+"""What the processes of a run need in their environment on any machine. What the driver's environment says comes first:
+there a cluster, or a job, sets them its own way."""
 
 
 @contextmanager
@@ -57,7 +69,8 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
             "include_dashboard": False,
         }
     else:
-        settings["address"] = address
+        lacking = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+        settings |= {"address": address, "runtime_env": {"env_vars": lacking}}
     try:
         ray.init(**settings)
     except ConnectionError as error:

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 
 import pulse_ray
 from pulse_ray.config import OPERATIONAL, Amazon2018Source, Config
-from pulse_ray.environment import WORKER_ENVIRONMENT
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.pipeline import STAGES
 from pulse_ray.progress import console
@@ -58,7 +57,7 @@ def describe(config: Config, stage: str | None, environment: Mapping[str, str]) 
     that name.
 
     Args:
-        environment: variables that the job gets besides `runtime.WORKER_ENVIRONMENT`.
+        environment: variables of the driver and its workers; `runtime.cluster` adds what workers need anywhere.
 
     Raises:
         ConfigError: there is no such stage, or a file or model is named by a relative path.
@@ -81,7 +80,7 @@ def describe(config: Config, stage: str | None, environment: Mapping[str, str]) 
         name=f"{config.name}-{stage or 'run'}-{fingerprint}",
         entrypoint=f"python -m pulse_ray.cli {stage or 'run'} {CONFIGURATION}",
         config=config.model_copy(update=changes),
-        environment={**environment, **WORKER_ENVIRONMENT},
+        environment=environment,
     )
 
 

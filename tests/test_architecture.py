@@ -14,8 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    *("errors", "schema", "seeding", "config", "metrics", "text", "workspace", "catalogue", "progress"),
-    *("environment", "runtime"),
+    *("errors", "schema", "seeding", "config", "metrics", "text", "workspace", "catalogue", "progress", "runtime"),
     *("models", "training", "generation"),
     *("data", "candidates", "rationales", "thought_space", "tree", "selection", "ranker", "evaluation"),
     *("serving", "pipeline", "overview", "doctor"),
