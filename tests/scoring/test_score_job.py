@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ray import cloudpickle
+from typer.testing import CliRunner, Result
 
-from pulse_ray import pipeline
+from pulse_ray import cli, pipeline
 from pulse_ray.errors import ArtifactError
 from pulse_ray.scoring import job as scoring
 from pulse_ray.scoring.worker import UserWorker
@@ -158,3 +160,31 @@ def test_a_run_without_its_ranker_is_refused(tmp_path: Path, users: Path) -> Non
     settings = fake_shop.config(tmp_path / "runs")
     with pytest.raises(ArtifactError, match="stage 'score' needs 'items', which is missing"):
         scoring.prepare(settings, str(users), str(tmp_path / "scored"))
+
+
+def call(tmp_path: Path, users: Path, *options: str) -> Result:
+    settings = fake_shop.config(tmp_path / "runs")
+    if not (tmp_path / "runs").exists():
+        fake_shop.make(settings)
+    (tmp_path / "run.json").write_text(settings.to_json())
+    arguments = ["score", str(tmp_path / "run.json"), "--input", str(users), "--output", str(tmp_path / "scored")]
+    return CliRunner().invoke(cli.app, [*arguments, *options])
+
+
+def test_a_dry_run_says_what_would_be_scored_and_writes_nothing(tmp_path: Path, users: Path) -> None:
+    done = call(tmp_path, users, "--dry-run", "--top-n", "2", "--variant", "none", "--set", "score.shard_users=3")
+    assert done.exit_code == 0, done.output
+    shown = json.loads(done.stdout)["score"]
+    assert (shown["variant"], shown["top_n"], shown["shard_users"]) == ("none", 2, 3)
+    assert "8 users in 3 parts, ranked by none@" in done.stderr
+    assert not (tmp_path / "scored").exists()
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path, users: Path) -> None:
+    wrong = call(tmp_path, users, "--variant", "base")
+    assert (wrong.exit_code, "score.variant (base) is not among ranker.variants" in wrong.stderr) == (2, True)
+    absent = call(tmp_path, tmp_path / "absent.parquet")
+    assert (absent.exit_code, "holds no users" in absent.stderr) == (2, True)
+    prepared(tmp_path, users, top_n=9).stage.begin()
+    foreign = call(tmp_path, users)
+    assert (foreign.exit_code, "Give another --output" in foreign.stderr) == (2, True)
