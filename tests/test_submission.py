@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,52 +177,82 @@ class Nodes:
 
     address: str
     environment: dict[str, str]
+    processes: list[subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+def two_nodes() -> Iterator[Nodes]:
     """A head and a second node on free ports, with a token. Ends the processes that it started, and no others."""
-    folder = tmp_path_factory.mktemp("nodes")
-    token = folder / "token"
-    token.write_text(uuid.uuid4().hex)
-    mark = f"PULSE_RAY_TEST_NODES={uuid.uuid4().hex}"
-    environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        **dict([mark.split("=")]),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_TMPDIR": str(folder),
-        # A job's entry point is `python`: the one that has the libraries.
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": "",
-    }
-    ports = [_free_port() for _ in range(2)]
+    token = uuid.uuid4().hex
+    # Below /tmp itself: the path of a socket may have 107 characters, and Ray adds some 70.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": token,
+            "RAY_TMPDIR": folder,
+            # A job's entry point is `python`: the one that has the libraries.
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        }
+        # The package comes with the job, or not at all.
+        environment.pop("PYTHONPATH", None)
+        gcs, dashboard, client = _free_ports(3)
+        head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+        nodes = Nodes(f"http://127.0.0.1:{dashboard}", environment, [])
+        try:
+            for role in (head, [f"--address=127.0.0.1:{gcs}"]):
+                nodes.processes.append(_start(role, folder, environment))
+                _wait_for(nodes, token)
+            yield nodes
+        finally:
+            for process in nodes.processes:
+                _end(process)
+
+
+def _start(role: list[str], folder: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     ray = str(Path(sys.executable).parent / "ray")
-    shared = ["--object-store-memory", str(100 * 2**20), "--num-cpus", "2", "--disable-usage-stats"]
-    head = ["--head", "--port", str(ports[0]), "--dashboard-port", str(ports[1]), "--node-ip-address", "127.0.0.1"]
-    dashboard = ["--include-dashboard", "true", "--dashboard-agent-listen-port", "0"]
+    [agent] = _free_ports(1)
+    command = [ray, "start", "--block", *role, "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}"]
+    command += ["--num-cpus=2", f"--object-store-memory={100 * 2**20}", "--disable-usage-stats"]
+    log = (Path(folder) / f"{agent}.log").open("wb")
+    return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends `ray start --block` and all that it started."""
     try:
-        for role in ([*head, *dashboard], ["--address", f"127.0.0.1:{ports[0]}", "--dashboard-agent-listen-port", "0"]):
-            subprocess.run([ray, "start", *role, *shared], env=environment, check=True, timeout=PATIENCE_S)
-        yield Nodes(f"http://127.0.0.1:{ports[1]}", environment)
-    finally:
-        ours = [process for process in psutil.process_iter() if mark in _environment(process)]
-        for process in ours:
-            process.kill()
-        psutil.wait_procs(ours, timeout=30)
+        ours = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        ours = []
+    process.terminate()
+    process.wait(timeout=60)
+    _, left = psutil.wait_procs(ours, timeout=10)
+    for one in left:
+        one.kill()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
-def _environment(process: psutil.Process) -> list[str]:
-    try:
-        return [f"{name}={value}" for name, value in process.environ().items()]
-    except psutil.Error:  # It ended meanwhile, or belongs to another user.
-        return []
+def _wait_for(nodes: Nodes, token: str) -> None:
+    """Waits until as many nodes are alive as were started, as the dashboard tells those who know the token."""
+    request = urllib.request.Request(
+        f"{nodes.address}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
+    )
+    deadline = time.monotonic() + PATIENCE_S
+    alive: list[Any] = []
+    while len(alive) < len(nodes.processes):
+        assert time.monotonic() < deadline, f"{len(alive)} of {len(nodes.processes)} nodes came up"
+        assert all(process.poll() is None for process in nodes.processes), "a node ended"
+        time.sleep(0.5)
+        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
+            summary = json.load(answer)["data"]["summary"]
+            alive = [one for one in summary if one["raylet"].get("state") == "ALIVE"]
 
 
 @pytest.mark.slow
@@ -239,9 +274,7 @@ def test_a_cluster_of_two_nodes_runs_a_stage(two_nodes: Nodes, tmp_path: Path) -
             check=False,
         )
 
-    stranger = tmp_path / "stranger"
-    stranger.write_text(uuid.uuid4().hex)
-    refused = call(RAY_AUTH_TOKEN_PATH=str(stranger))
+    refused = call(RAY_AUTH_TOKEN=uuid.uuid4().hex)
     assert refused.returncode == 2
     assert "refused the token" in refused.stderr
     done = call("--follow")
