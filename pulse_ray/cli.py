@@ -190,6 +190,38 @@ def status(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fa
 
 
 @app.command(
+    "doctor",
+    help="Look at this machine: Python, packages, devices, memory, disk, models; say how to mend what is amiss.\n\n"
+    "Exits with code 1 if something is broken that a run needs.\n\n"
+    "\b\nExamples:\n  pulse-ray doctor\n  pulse-ray doctor configs/video_games.yaml\n",
+)
+def diagnose(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Also look at what this one needs.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    settings = _load(config, overrides) if config else None
+    if dry_run and settings:
+        _print_plan(settings, list(STAGES))
+        return
+    from pulse_ray.doctor import examine
+    from pulse_ray.progress import console
+
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "broken": "[red]broken[/]"}
+    table = _table("", "what", "state", "found", "what to do")
+    broken = False
+    with console.status("Looking at this machine …"):
+        for finding in examine(settings):
+            table.add_row(finding.subject, marks[finding.verdict], finding.found, finding.remedy)
+            broken |= finding.verdict == "broken"
+    _show(table)
+    if broken:
+        raise typer.Exit(1)
+
+
+@app.command(
     help="Score users from outside the experiment with a trained ranker, in parts on a pool of actors.\n\n"
     "INPUT: parquet with user_id, history (item ids, or interactions, oldest first) and, if wanted, domain, candidates "
     "(without: SASRec retrieves score.retrieve_k) and reason (without: as the run found it).\n\n"
@@ -253,38 +285,6 @@ def submit(
     if follow:
         raise typer.Exit(submission.follow(client, name))
     typer.echo(name)
-
-
-@app.command(
-    "doctor",
-    help="Look at this machine: Python, packages, devices, memory, disk, models; say how to mend what is amiss.\n\n"
-    "Exits with code 1 if something is broken that a run needs.\n\n"
-    "\b\nExamples:\n  pulse-ray doctor\n  pulse-ray doctor configs/video_games.yaml\n",
-)
-def diagnose(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="Also look at what this one needs.", show_default=False)
-    ] = None,
-    overrides: Overrides = None,
-    dry_run: DryRun = False,
-) -> None:
-    settings = _load(config, overrides) if config else None
-    if dry_run and settings:
-        _print_plan(settings, list(STAGES))
-        return
-    from pulse_ray.doctor import examine
-    from pulse_ray.progress import console
-
-    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "broken": "[red]broken[/]"}
-    table = _table("", "what", "state", "found", "what to do")
-    broken = False
-    with console.status("Looking at this machine …"):
-        for finding in examine(settings):
-            table.add_row(finding.subject, marks[finding.verdict], finding.found, finding.remedy)
-            broken |= finding.verdict == "broken"
-    _show(table)
-    if broken:
-        raise typer.Exit(1)
 
 
 @models_app.command(
