@@ -198,20 +198,12 @@ def _others(value: Any) -> list[Any]:
     return [*words, "other", 3, 99]
 
 
-CONFIG = load(
-    QUICKSTART,
-    ["tree.validation_examples=null", *(f"{key}.pool.max=4" for key in ("engine", "candidates", "select", "evaluate"))],
-)
+POOLS = [f"{key}.pool" for key in ("engine", "candidates", "select", "evaluate", "score")]
+POOLS += [f"serve.{key}.replicas" for key in ("ingress", "retriever", "ranker", "reasoner")]
+CONFIG = load(QUICKSTART, ["tree.validation_examples=null", *(f"{pool}.max=4" for pool in POOLS)])
 ONE_VALUE = {"thought_space.training.workers.count", "thought_space.training.micro_batch_size"}
 """Settings that allow no other value."""
 PATHS = [path for path in _settings(json.loads(CONFIG.to_json())) if ".".join(path) not in ONE_VALUE]
-    return [*words, "thought_space", "other", 3]
-
-
-CONFIG = load(QUICKSTART, [f"{key}.pool.max=4" for key in ("engine", "candidates", "select", "evaluate", "score")])
-POOLS = [f"{key}.pool" for key in ("engine", "candidates", "select", "evaluate")]
-POOLS += [f"serve.{key}.replicas" for key in ("ingress", "retriever", "ranker", "reasoner")]
-CONFIG = load(QUICKSTART, [f"{pool}.max=4" for pool in POOLS])
 
 
 @pytest.mark.parametrize("path", PATHS, ids=".".join)
