@@ -169,7 +169,7 @@ def execute(config: Config, stages: Sequence[str] | None = None) -> Iterator[Don
     pending = [name for name in wanted if runs[name].condition() != "complete"]
     if pending:
         runs[pending[0]].workspace.claim()
-        _check_inputs(runs[pending[0]], runs)  # Before Ray starts, which takes seconds.
+        check_inputs(runs[pending[0]], runs)  # Before Ray starts, which takes seconds.
     with ExitStack() as stack:
         for name in wanted:
             if name not in pending:
