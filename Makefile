@@ -3,6 +3,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 EXTRA ?= cpu#   cpu, or gpu for machines with CUDA
+DEV ?= ,dev#    tools for tests and checks; an image is built without
 ARGS ?=#        passed on to pytest
 
 SHELL := /bin/bash
@@ -55,7 +56,7 @@ $(VENV)/.ready-cpu: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing the CPU set into $(VENV): some minutes, about 4 GB"
 	$(INSTALL) "$(TORCH)+cpu" 2>/dev/null || $(INSTALL) --index-url https://download.pytorch.org/whl/cpu "$(TORCH)+cpu"
-	$(INSTALL) --constraint constraints.txt --editable ".[cpu,dev]"
+	$(INSTALL) --constraint constraints.txt --editable ".[cpu$(strip $(DEV))]"
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	rm -f $(VENV)/.ready-gpu
 	touch $@
@@ -64,6 +65,6 @@ $(VENV)/.ready-gpu: pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here; name one with make PYTHON=…" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing the GPU set into $(VENV)"
-	$(INSTALL) --editable ".[gpu,dev]"
+	$(INSTALL) --editable ".[gpu$(strip $(DEV))]"
 	rm -f $(VENV)/.ready-cpu
 	touch $@

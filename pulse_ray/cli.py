@@ -223,6 +223,72 @@ def diagnose(
         raise typer.Exit(1)
 
 
+@app.command(
+    help="Score users from outside the experiment with a trained ranker, in parts on a pool of actors.\n\n"
+    "INPUT: parquet with user_id, history (item ids, or interactions, oldest first) and, if wanted, domain, candidates "
+    "(without: SASRec retrieves score.retrieve_k) and reason (without: as the run found it).\n\n"
+    "OUTPUT: a folder with user_scores (all logits), recommendations (the best) and rejects. A job that was killed "
+    "goes on where it was.\n\n"
+    "\b\nExamples:\n"
+    "  pulse-ray score configs/quickstart.yaml --input users.parquet --output runs/scored\n"
+    "  pulse-ray score configs/video_games.yaml --input s3://shop/users/ --output s3://shop/scored "
+    "--set score.pool.max=8\n"
+)
+def score(
+    config: ConfigPath,
+    users: Annotated[str, typer.Option("--input", metavar="URI", help="Parquet file, or a folder of them.")],
+    output: Annotated[str, typer.Option("--output", metavar="URI", help="Folder that the scores go to.")],
+    variant: Annotated[str | None, typer.Option("--variant", help="Ranker; same as --set score.variant=…")] = None,
+    top_n: Annotated[int | None, typer.Option("--top-n", help="Same as --set score.top_n=…")] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    short = {"variant": variant, "top_n": top_n}
+    given = [f"score.{key}={value}" for key, value in short.items() if value is not None]
+    settings = _load(config, [*(overrides or ()), *given])
+    _score(settings, users, output, dry_run=dry_run)
+
+
+@app.command(
+    help="Send a run, or one stage, to a Ray cluster as a job: this package, this configuration.\n\n"
+    "The job is named after the configuration. While it runs, or once it has succeeded, the same command finds it "
+    "instead of starting it twice; after a failure it starts it again. The cluster's token is read from "
+    "RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token. With --follow, the exit code is the job's.\n\n"
+    "\b\nExamples:\n"
+    "  pulse-ray submit configs/quickstart.yaml --follow\n"
+    "  pulse-ray submit configs/video_games.yaml --address http://head:8265 --stage tree "
+    "--set storage=s3://shop/pulse\n"
+)
+def submit(
+    config: ConfigPath,
+    address: Annotated[
+        str, typer.Option("--address", metavar="URL", help="Job server: the address of the cluster's dashboard.")
+    ] = "http://127.0.0.1:8265",
+    stage: Annotated[
+        str | None, typer.Option("--stage", metavar="NAME", help="One stage; unset runs them all.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Print the job's log until it ends.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Start it also if it has succeeded before.")] = False,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    settings = _load(config, overrides)
+    from pulse_ray import submission
+    from pulse_ray.progress import console
+
+    job = submission.describe(settings, stage, QUIET)
+    console.print(f"{job.name}: {job.entrypoint}, storage {job.config.storage}", highlight=False)
+    if dry_run:
+        typer.echo(job.config.to_json())
+        return
+    client = submission.connect(address)
+    name, started = submission.start(client, job, again=again)
+    console.print(f"{'started' if started else 'found'} {name}", highlight=False)
+    if follow:
+        raise typer.Exit(submission.follow(client, name))
+    typer.echo(name)
+
+
 @models_app.command(
     "list",
     help="Show the models that need no model hub, and where they lie.\n\n\b\nExample:\n  pulse-ray models list\n",
@@ -251,11 +317,15 @@ def fetch_model(
     typer.echo(models.resolve(name))
 
 
-def main() -> None:
-    """The console script."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script.
+
+    Args:
+        arguments: what follows the program's name; unset takes the process's own.
+    """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    app()
+    app(args=arguments)
 
 
 def _load(path: Path, overrides: Sequence[str] | None) -> Config:
@@ -280,6 +350,28 @@ def _execute(config: Config, stages: Sequence[str]) -> None:
     for position, done in enumerate(pipeline.execute(config, stages), 1):
         console.print(f"      done in {done.seconds:,.0f} s" if done.ran else "      complete already", highlight=False)
         announce(position)
+
+
+def _score(config: Config, users: str, output: str, *, dry_run: bool) -> None:
+    from pulse_ray import doctor
+    from pulse_ray.progress import console
+    from pulse_ray.scoring import job as scoring
+
+    job = scoring.prepare(config, users, output)
+    state = scoring.condition(job)
+    shards = len(job.users.shards(config.score.shard_users))
+    console.print(f"{job.users.rows:,} users in {shards:,} parts, ranked by {job.version}: {state}", highlight=False)
+    if ignored := job.users.ignored():
+        console.print(f"columns that nothing reads: {', '.join(ignored)}", highlight=False)
+    if dry_run:
+        typer.echo(config.to_json())
+        return
+    doctor.check_models(config, ["ranker"])
+    done = scoring.run(job)
+    aside = "".join(f", {count:,} set aside: {reason}" for reason, count in done.rejects.items())
+    typer.echo(f"Scored:  {done.users - sum(done.rejects.values()):,} of {done.users:,} users{aside}")
+    for name in job.stage.spec.outputs:
+        typer.echo(f"{name}: {job.stage.output(name).path}")
 
 
 def _print_plan(config: Config, stages: Sequence[str]) -> None:

@@ -311,6 +311,81 @@ class EvaluateConfig(Section):
         return splits
 
 
+class ScoreConfig(Section):
+    """Batch scoring of users from outside the experiment (`pulse-ray score`)."""
+
+    variant: Variant | None = Field(None, description="which ranker scores; unset: thought_space, else the last one")
+    top_n: Count = Field(10, description="items in a user's recommendations")
+    retrieve_k: Count = Field(100, description="candidates that SASRec finds for a user who comes without any")
+    shard_users: Count = Field(256, description="users in a part of the output: the unit of work and of commit")
+    pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
+    token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the ranker")
+
+
+class LimitsConfig(Section):
+    """What one request may hold; more is refused."""
+
+    request_bytes: Count = Field(262_144, description="bytes of a body, as they arrive")
+    history: Count = Field(200, description="interactions of a history")
+    candidates: Count = Field(100, description="candidates of one ranking")
+    batch: Count = Field(16, description="rankings in one batch request")
+
+
+class DeploymentConfig(Section):
+    """Replicas of one kind, and how many requests each takes before it is too busy."""
+
+    replicas: PoolConfig = PoolConfig()
+    max_ongoing_requests: Count = Field(16, description="requests that a replica works on at once")
+    max_queued_requests: Count = Field(64, description="requests that wait for a replica, per caller; more are refused")
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = Field(8, description="autoscaling adds replicas above it")
+
+
+class RankingConfig(DeploymentConfig):
+    """The ranker: packed forward passes over as many requests as fit a token budget."""
+
+    adapter: str | None = Field(None, description="folder or URI of another adapter than the run's, to roll out")
+    token_budget: Count = Field(4096, description="packed tokens of the requests that go together")
+    batch_wait_s: Annotated[float, Field(ge=0)] = Field(0.01, description="wait for company after the first request")
+
+
+class ReasonerConfig(DeploymentConfig):
+    """The reasoner: grows a tree with the run's `engine` where the store has no reason."""
+
+    enabled: bool = False
+    time_limit_s: Annotated[float, Field(gt=0)] = Field(8, description="then the ranking goes out without a reason")
+
+
+class ServeConfig(Section):
+    """Online serving (`pulse_ray/serving/`)."""
+
+    host: str = Field("127.0.0.1", description="another one needs tokens")
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    variant: str | None = Field(None, description="one of ranker.variants; unset: thought_space, else the last one")
+    retrieve_k: Count = Field(20, description="candidates that SASRec finds where a request names none")
+    limits: LimitsConfig = LimitsConfig()
+    tokens_file: str | None = Field(None, description="file of bearer tokens, one a line")
+    tokens_env: str = Field("PULSE_RAY_TOKENS", description="environment variable of bearer tokens, by white space")
+    store: str | None = Field(
+        None,
+        description="`sqlite:///path` or `redis://host:port/db`; unset: a SQLite file in the run's folder",
+    )
+    retry_after_s: Count = Field(1, description="when who was refused for load may try again")
+    timeout_s: Annotated[float, Field(gt=0)] = Field(30, description="a request that takes longer is given up")
+    ingress: DeploymentConfig = DeploymentConfig(
+        replicas=PoolConfig(cpus=0.5), max_ongoing_requests=64, max_queued_requests=128, target_ongoing_requests=32
+    )
+    retriever: DeploymentConfig = DeploymentConfig(replicas=PoolConfig(cpus=0.5))
+    ranker: RankingConfig = RankingConfig(max_ongoing_requests=32)
+    reasoner: ReasonerConfig = ReasonerConfig(max_ongoing_requests=4, max_queued_requests=8, target_ongoing_requests=2)
+
+    @field_validator("store")
+    @classmethod
+    def _known(cls, store: str | None) -> str | None:
+        if store is not None and not store.startswith(("sqlite:///", "redis://", "rediss://")):
+            raise ValueError(f"'{store}' begins with neither sqlite:/// nor redis:// nor rediss://")
+        return store
+
+
 class Config(Section):
     """A whole experiment."""
 
@@ -329,12 +404,16 @@ class Config(Section):
     select: SelectConfig = SelectConfig()
     ranker: RankerConfig = RankerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    score: ScoreConfig = ScoreConfig()
+    serve: Annotated[ServeConfig, OPERATIONAL] = ServeConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:
         wanted = {v for v in self.ranker.variants if v not in ("none", "base")}
         if missing := sorted(wanted - set(self.select.selectors)):
             raise ValueError(f"ranker.variants needs {missing}, which select.selectors does not list")
+        if self.serve.variant not in (None, *self.ranker.variants):
+            raise ValueError(f"serve.variant is '{self.serve.variant}', not one of {list(self.ranker.variants)}")
         for name, section in (("rationales", self.rationales), ("tree", self.tree)):
             used = section.text.history_tokens + 3 * section.sampling.max_tokens
             if used >= self.engine.max_model_len:
@@ -358,6 +437,8 @@ class Config(Section):
                 "thought_space.training takes its negatives from one worker's batch: leave workers.count at 1 and "
                 "micro_batch_size unset"
             )
+        if self.score.variant is not None and self.score.variant not in self.ranker.variants:
+            raise ValueError(f"score.variant ({self.score.variant}) is not among ranker.variants")
         if self.thought_space.text.history_tokens >= self.thought_space.max_tokens:
             raise ValueError("thought_space.text.history_tokens must be below thought_space.max_tokens")
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -169,7 +169,7 @@ def execute(config: Config, stages: Sequence[str] | None = None) -> Iterator[Don
     pending = [name for name in wanted if runs[name].condition() != "complete"]
     if pending:
         runs[pending[0]].workspace.claim()
-        _check_inputs(runs[pending[0]], runs)  # Before Ray starts, which takes seconds.
+        check_inputs(runs[pending[0]], runs)  # Before Ray starts, which takes seconds.
     with ExitStack() as stack:
         for name in wanted:
             if name not in pending:
@@ -182,7 +182,7 @@ def execute(config: Config, stages: Sequence[str] | None = None) -> Iterator[Don
                 for later in pending:
                     runtime.check_resources(config, runs[later].spec.settings)
             run = runs[name]
-            _check_inputs(run, runs)
+            check_inputs(run, runs)
             started = time.monotonic()
             if not run.spec.begins_itself:
                 run.begin()
@@ -196,7 +196,15 @@ def execute(config: Config, stages: Sequence[str] | None = None) -> Iterator[Don
             yield Done(stage=name, ran=True, seconds=seconds)
 
 
-def _check_inputs(run: StageRun, runs: dict[str, StageRun]) -> None:
+def check_inputs(run: StageRun, runs: Mapping[str, StageRun]) -> None:
+    """Whether what a stage reads is there, made from today's settings.
+
+    Args:
+        runs: the plan that makes it.
+
+    Raises:
+        ArtifactError: naming the first artefact that is not, and what makes it.
+    """
     for artefact, fingerprint in run.input_fingerprints.items():
         manifest = run.input(artefact).manifest()
         if manifest is None or manifest.fingerprint != fingerprint:

@@ -34,11 +34,25 @@ DEFAULT_LOGICAL_CPUS = 4
 """Least number of logical CPUs of a local Ray: with fewer, a training worker starves the data tasks beside it."""
 
 
+WORKER_ENVIRONMENT = {
+    # Ray would hide GPUs from an actor that asks for none; vLLM and DeepSpeed decide for themselves.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Threads that wait spin only briefly: several processes share the cores.
+    "GOMP_SPINCOUNT": "20000",
+    # Ray Train's controller looks after its workers so often, and a report waits for its next look.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+}
+"""What the processes of a run need in their environment on any machine. What the driver's environment says comes first:
+there a cluster, or a job, sets them its own way."""
+
+
 @contextmanager
 def cluster(config: ClusterConfig) -> Iterator[None]:
     """Connects to the configured Ray cluster, or starts a local one and ends it afterwards.
 
-    A Ray that the process is already connected to is used as it is, and left running.
+    A Ray that the process is already connected to is used as it is, and left running. `RAY_ADDRESS`, which Ray sets for
+    the entry point of a job, counts like a configured address.
 
     Raises:
         ArtifactError: there is no cluster at the configured address.
@@ -47,7 +61,8 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    if config.address is None:
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
         _prepare_environment()
         settings |= {
             "address": "local",
@@ -56,13 +71,14 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
             "include_dashboard": False,
         }
     else:
-        settings["address"] = config.address
+        lacking = {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in os.environ}
+        settings |= {"address": address, "runtime_env": {"env_vars": lacking}}
     try:
         ray.init(**settings)
     except ConnectionError as error:
         raise ArtifactError(
-            f"no Ray cluster at '{config.address}'",
-            remedy="Start one with `ray start --head`, or unset cluster.address",
+            f"no Ray cluster at '{address}'",
+            remedy="Start one with `ray start --head`, or unset cluster.address and RAY_ADDRESS",
         ) from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # It warns that bars are off.
@@ -105,15 +121,10 @@ def _demands(key: str, value: Any) -> Iterator[tuple[str, PoolConfig | WorkersCo
 
 def _prepare_environment() -> None:
     """Variables that a local Ray hands down to its workers."""
-    # Ray would hide GPUs from an actor that asks for none; vLLM and DeepSpeed decide for themselves.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # Ray would give every actor as many threads as it takes logical CPUs; a small machine has one busy actor at a time.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    # Threads that wait spin only briefly: several processes share the cores.
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # Ray Train's controller looks after its workers so often, and a report waits for its next look.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().partition("flags")[2].partition("\n")[0].split() if cpu.exists() else []
     if "avx2" in flags and "avx512f" not in flags:
@@ -125,9 +136,9 @@ def _prepare_environment() -> None:
 class ShardOutput:
     """What a worker made of one part.
 
-    `tables` holds one table for each output that `run_shards` makes, all keyed by `example_id`, as `rejects` are.
-    `examples` is the number of examples that the worker was given. Every one of them must be in each table or among
-    the rejects. `figures` are added up over parts and shown as progress, e.g. `{"tokens": 4096}`.
+    `tables` holds one table for each output that `run_shards` makes, all keyed by the stage's `key`, as `rejects` are.
+    `examples` is the number of rows that the worker was given. Every one of them must be in each table or among the
+    rejects. `figures` are added up over parts and shown as progress, e.g. `{"tokens": 4096}`.
     """
 
     tables: Mapping[str, pa.Table]
@@ -222,15 +233,15 @@ class _Committer:
         self.stage.reject(part, output.rejects)
         for name in self.outputs:
             self.stage.output(name).write(part, output.tables[name])
-        figures = {"examples": output.examples, **output.figures}
+        figures = {self.stage.spec.rows: output.examples, **output.figures}
         return {"part": part, "error": None, "names": list(figures), "values": [float(v) for v in figures.values()]}
 
     def _check(self, part: Part, output: ShardOutput) -> None:
         rejected = {entry.key for entry in output.rejects}
         for name in self.outputs:
-            kept = set(output.tables[name].column("example_id").to_pylist())
-            assert not kept & rejected, f"{self.stage.spec.name}/{part}: an example is both in {name} and rejected"
+            kept = set(output.tables[name].column(self.stage.spec.key).to_pylist())
+            assert not kept & rejected, f"{self.stage.spec.name}/{part}: a row is both in {name} and rejected"
             assert len(kept) + len(rejected) == output.examples, (
-                f"{self.stage.spec.name}/{part}: {output.examples} examples in, {len(kept)} in {name}, "
+                f"{self.stage.spec.name}/{part}: {output.examples} {self.stage.spec.rows} in, {len(kept)} in {name}, "
                 f"{len(rejected)} rejected"
             )

@@ -36,6 +36,7 @@ INTERACTION = pa.struct(
 )
 
 _EXAMPLE_ID = _column("example_id", pa.string(), "domain/user_id/position, the key of every table after `prepare`")
+_ROW_ID = _column("row_id", pa.string(), "file:row of the input of `pulse-ray score`, counted from 0")
 _DOMAIN = _column("domain", pa.string(), "name of the domain in the configuration")
 _USER_ID = _column("user_id", pa.string(), "user, unique within the domain")
 
@@ -125,10 +126,31 @@ TABLES: dict[str, pa.Schema] = {
             _column("rank", pa.int32(), "rank of the target, 1 is best; ties rank against it"),
         ]
     ),
+    "user_scores": pa.schema(
+        [
+            _ROW_ID,
+            _DOMAIN,
+            _USER_ID,
+            _column("items", pa.list_(pa.string()), "the candidates: as given, or as retrieved, nearest first"),
+            _column("logits", pa.list_(pa.float32()), "the ranker's, one for each of `items`"),
+        ]
+    ),
+    "recommendations": pa.schema(
+        [
+            _ROW_ID,
+            _DOMAIN,
+            _USER_ID,
+            _column("items", pa.list_(pa.string()), "the best candidates, best first"),
+            _column("titles", pa.list_(pa.string()), "title of each of `items`"),
+            _column("probabilities", pa.list_(pa.float32()), "of each of `items`, among all candidates of the row"),
+            _column("reason", pa.string(), "the reason that the ranker saw; null where there was none", nullable=True),
+            _column("model_version", pa.string(), "variant@fingerprint of the ranker"),
+        ]
+    ),
     "rejects": pa.schema(
         [
             _column("stage", pa.string(), "stage that set the row aside"),
-            _column("key", pa.string(), "file:line, item_id or example_id"),
+            _column("key", pa.string(), "file:line, item_id, example_id or row_id"),
             _column("reason", pa.string(), "short, countable"),
             _column("detail", pa.string(), "what was wrong with this very row"),
         ]

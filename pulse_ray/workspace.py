@@ -83,8 +83,29 @@ class StageSpec:
     summary: str
     constants: tuple[str, ...] = ()
     """Fingerprints of what shapes the output but is no setting: prompt templates."""
+    rows: str = "examples"
+    """What a row of its input is, in the plural, for the progress line."""
+    key: str = "example_id"
+    """The column of its outputs, and the key of its rejects, that says which row of the input they were made from."""
     begins_itself: bool = False
     """Whether the stage calls `StageRun.begin`, once it knows that what an earlier run made can be replaced."""
+
+
+def locate(address: str) -> tuple[pafs.FileSystem, str]:
+    """The filesystem of a path or URI, and the path on it.
+
+    Raises:
+        ArtifactError: pyarrow knows no such filesystem, or cannot reach it.
+    """
+    if "://" not in address:
+        return pafs.LocalFileSystem(), str(Path(address).expanduser().absolute())
+    try:
+        filesystem, path = pafs.FileSystem.from_uri(address)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ArtifactError(
+            f"cannot open storage '{address}': {error}", remedy="Check the URI and its credentials"
+        ) from error
+    return filesystem, str(path)
 
 
 class Artefact:
@@ -236,16 +257,8 @@ class Workspace:
     """
 
     def __init__(self, storage: str, run: str) -> None:
-        try:
-            if "://" in storage:
-                self.filesystem, base = pafs.FileSystem.from_uri(storage)
-            else:
-                self.filesystem, base = pafs.LocalFileSystem(), str(Path(storage).expanduser().absolute())
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ArtifactError(
-                f"cannot open storage '{storage}': {error}", remedy="Check the URI and its credentials"
-            ) from error
-        self.path = f"{base.rstrip('/')}/{run}"
+        self.filesystem, base = locate(storage)
+        self.path = f"{base.rstrip('/')}/{run}".rstrip("/")
 
     def claim(self) -> None:
         """Marks the folder as a run's. A stage deletes what it replaces, so it must be sure whose folder it is.
@@ -285,11 +298,13 @@ class StageRun:
     spec: StageSpec
     fingerprint: str
     input_fingerprints: Mapping[str, str] = field(default_factory=dict)
+    source: Workspace | None = None
+    """Where the inputs lie, if not where the outputs go."""
 
     def input(self, name: str) -> Artefact:
         """An artefact that the stage declared as an input."""
         assert name in self.spec.inputs, f"stage {self.spec.name} does not declare the input {name}"
-        return self.workspace.artefact(name)
+        return (self.source or self.workspace).artefact(name)
 
     def output(self, name: str) -> Artefact:
         """An artefact that the stage declared as an output."""

@@ -17,7 +17,8 @@ LAYERS = [
     *("errors", "schema", "seeding", "config", "metrics", "text", "workspace", "catalogue", "progress", "runtime"),
     *("models", "training", "generation"),
     *("data", "candidates", "rationales", "thought_space", "tree", "selection", "ranker", "evaluation"),
-    *("serving", "pipeline", "overview", "doctor", "cli"),
+    *("serving", "pipeline", "overview", "doctor"),
+    *("scoring", "submission", "cli"),
 ]
 """A module imports only from its own package and from layers before it."""
 
@@ -26,15 +27,15 @@ STAGE_PACKAGES = ("data", "candidates", "rationales", "thought_space", "tree", "
 SHARED = {
     "data.sources": ("pipeline",),
     "data.preparation": ("candidates.stage",),
-    "candidates.sasrec": ("serving.*",),
+    "candidates.sasrec": ("serving.*", "scoring.retrieval"),
     "thought_space.encoders": ("selection.*", "serving.*"),
-    "*.prompts": ("pipeline", "evaluation.stage", "serving.*"),
-    "ranker.scorer": ("evaluation.stage", "serving.*"),
+    "*.prompts": ("pipeline", "evaluation.stage", "serving.*", "scoring.*"),
+    "ranker.scorer": ("evaluation.stage", "serving.*", "scoring.worker"),
 }
 """What a stage's package lends to modules outside of it. Anything else of it is its own business."""
 
 LIBRARIES = {
-    "ray": ("runtime", "training", "generation.pool", "*.stage", "serving.app", "cli"),
+    "ray": ("runtime", "training", "generation.pool", "*.stage", "serving.app", "submission", "cli"),
     "vllm": ("generation.engine",),
     "torch": (
         *("models", "training", "candidates.sasrec", "thought_space.*", "selection.selectors"),

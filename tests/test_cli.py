@@ -84,7 +84,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_there_is_a_command_for_every_stage_with_an_example() -> None:
     assert list(cli.STAGES) == list(pipeline.STAGES)
-    for name in ("run", "status", "doctor", *cli.STAGES):
+    for name in ("run", "score", "submit", "status", "doctor", *cli.STAGES):
         shown = _call(name, "--help")
         assert shown.exit_code == 0
         assert f"pulse-ray {name}" in shown.stdout

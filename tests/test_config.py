@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pulse_ray.config import Config, load
 from pulse_ray.errors import ConfigError
 from pulse_ray.pipeline import STAGES
+from pulse_ray.scoring.job import SPEC as SCORE
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -42,6 +43,9 @@ OPERATIONAL = (
     "ranker.gradient_checkpointing",
     "evaluate.pool",
     "evaluate.token_budget",
+    "score.pool",
+    "score.token_budget",
+    "serve",
 )
 """Settings that say where and how fast, not what comes out: a run may change them half way."""
 
@@ -70,6 +74,9 @@ OPERATIONAL = (
         ("thought_space.training.workers.count=2", "negatives from one worker's batch", "Change"),
         ("ranker.training.zero_stage=3", "'ranker.training.zero_stage'", "0, 1 or 2"),
         ("evaluate.splits=[test,test]", "splits repeat", "Change"),
+        ("serve.variant=base", "serve.variant is 'base', not one of ['thought_space']", "Change"),
+        ("serve.store=mysql://x", "'mysql://x' begins with neither sqlite:/// nor redis://", "Change"),
+        ("serve.ranker.token_bugdet=9", "unknown key 'serve.ranker.token_bugdet'", "token_budget"),
         ("tree.breadths", "override 'tree.breadths'", "--set tree.breadths=[2,2]"),
         ("=3", "override '=3'", "--set"),
         ("seed.deep=3", "'seed' is not a section", "--set"),
@@ -179,6 +186,7 @@ def _changed(config: Config, path: tuple[str, ...]) -> Config:
 
 def _others(value: Any) -> list[Any]:
     words = ["bf16", "fp32", "float32", "float16", "last", "single_pass", "popularity", "gbce", "oracle", "attention"]
+    words += ["thought_space", "redis://elsewhere:6379"]
     if isinstance(value, list) and value and isinstance(value[0], dict):  # domains
         return [[{**value[0], "name": "elsewhere"}]]
     if isinstance(value, list):
@@ -190,10 +198,9 @@ def _others(value: Any) -> list[Any]:
     return [*words, "other", 3, 99]
 
 
-CONFIG = load(
-    QUICKSTART,
-    ["tree.validation_examples=null", *(f"{key}.pool.max=4" for key in ("engine", "candidates", "select", "evaluate"))],
-)
+POOLS = [f"{key}.pool" for key in ("engine", "candidates", "select", "evaluate", "score")]
+POOLS += [f"serve.{key}.replicas" for key in ("ingress", "retriever", "ranker", "reasoner")]
+CONFIG = load(QUICKSTART, ["tree.validation_examples=null", *(f"{pool}.max=4" for pool in POOLS)])
 ONE_VALUE = {"thought_space.training.workers.count", "thought_space.training.micro_batch_size"}
 """Settings that allow no other value."""
 PATHS = [path for path in _settings(json.loads(CONFIG.to_json())) if ".".join(path) not in ONE_VALUE]
@@ -204,6 +211,6 @@ def test_a_setting_enters_the_fingerprints_of_the_stages_that_read_it(path: tupl
     changed = _changed(CONFIG, path)
     key = ".".join(path)
     operational = any(key == name or key.startswith(f"{name}.") for name in OPERATIONAL)
-    for spec, _ in STAGES.values():
+    for spec in (SCORE, *(spec for spec, _ in STAGES.values())):
         differs = CONFIG.fingerprint(spec.settings) != changed.fingerprint(spec.settings)
         assert differs == (path[0] in spec.settings and not operational), spec.name

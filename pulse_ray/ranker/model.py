@@ -16,7 +16,8 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from torch.nn import functional as F
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 from pulse_ray import models
 from pulse_ray.config import LoraConfig, RankerConfig
@@ -37,17 +38,41 @@ class PackedRanker(nn.Module):
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Logits: [B, K] float32. Only the ends of the candidates go through the head."""
+        return self._logits(self._hidden(batch, None), batch)
+
+    def remember(self, prompt: PackedBatch) -> DynamicCache:
+        """Keys and values of a prompt: of a batch of one row, without candidates."""
+        cache = DynamicCache()
+        self._hidden(prompt, cache)
+        return cache
+
+    def score_after(self, cache: DynamicCache, candidates: PackedBatch) -> torch.Tensor:
+        """Logits of candidates that follow a remembered prompt: [1, K] float32. The cache is left as it was.
+
+        Args:
+            candidates: a batch of one row, without a prompt.
+        """
+        hidden_BLD = self._hidden(candidates, cache)
+        cache.crop(-hidden_BLD.shape[1])
+        return self._logits(hidden_BLD, candidates)
+
+    def _hidden(self, batch: PackedBatch, cache: DynamicCache | None) -> torch.Tensor:
+        """The last hidden states: [B, L, D]. Positions and mask go on from what the cache holds."""
         base = self.model.get_base_model()
-        backbone = getattr(base, base.base_model_prefix)
+        seen = cache.get_seq_length() if cache is not None else 0
         # The 4-D mask must be given: without one, transformers takes restarting positions for separate sequences.
-        hidden_BLD = backbone(
+        hidden_BLD: torch.Tensor = getattr(base, base.base_model_prefix)(
             input_ids=batch.input_ids_BL,
-            position_ids=batch.positions_BL,
-            attention_mask=batch.mask_B1LL,
-            use_cache=False,
+            position_ids=batch.positions_BL + seen,
+            attention_mask=F.pad(batch.mask_B1LL, (seen, 0), value=True),
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
+        return hidden_BLD
+
+    def _logits(self, hidden_BLD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
         rows_B1 = torch.arange(len(hidden_BLD), device=hidden_BLD.device)[:, None]
-        logits_BK: torch.Tensor = base.score(hidden_BLD[rows_B1, batch.ends_BK]).squeeze(-1)
+        logits_BK: torch.Tensor = self.model.get_base_model().score(hidden_BLD[rows_B1, batch.ends_BK]).squeeze(-1)
         return logits_BK.float()
 
 

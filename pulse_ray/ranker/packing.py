@@ -74,7 +74,7 @@ def pack(rows: Sequence[TokenRow], pad_token: int) -> PackedBatch:
     ends = np.zeros((len(rows), len(rows[0].candidates)), np.int64)
     for place, row in enumerate(rows):
         prompt = len(row.prompt)
-        sizes = np.array([len(candidate) for candidate in row.candidates])
+        sizes = np.array([len(candidate) for candidate in row.candidates], dtype=np.int64)
         used = prompt + sizes.sum()
         tokens[place, :used] = np.concatenate([row.prompt, *row.candidates])
         segments[place, :used] = np.repeat(np.arange(1 + len(sizes)), [prompt, *sizes])
@@ -88,6 +88,20 @@ def pack(rows: Sequence[TokenRow], pad_token: int) -> PackedBatch:
         segments_BL=torch.from_numpy(segments.astype(np.int64)),
         ends_BK=torch.from_numpy(ends),
     )
+
+
+def chunks(row: TokenRow, token_budget: int) -> Iterator[TokenRow]:
+    """The candidates of a row in order, without the prompt, in pieces of at most `token_budget` tokens or of one."""
+    piece: list[list[int]] = []
+    used = 0
+    for candidate in row.candidates:
+        if piece and used + len(candidate) > token_budget:
+            yield TokenRow(prompt=[], candidates=piece)
+            piece, used = [], 0
+        piece.append(candidate)
+        used += len(candidate)
+    if piece:
+        yield TokenRow(prompt=[], candidates=piece)
 
 
 def budgeted(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:

@@ -11,7 +11,7 @@ import torch
 from pulse_ray.catalogue import Catalogue
 from pulse_ray.config import RankerConfig
 from pulse_ray.ranker import model
-from pulse_ray.ranker.packing import PromptEncoder, budgeted, pack
+from pulse_ray.ranker.packing import PackedBatch, PromptEncoder, TokenRow, budgeted, chunks, pack
 from pulse_ray.ranker.prompts import RankRow
 
 
@@ -36,17 +36,33 @@ class Scorer:
 
         Args:
             rows: any histories with any number of candidates.
-            token_budget: padded tokens in one forward pass; a row that is longer goes alone.
+            token_budget: padded tokens in one forward pass. Of a row that is longer, the prompt is read once and
+                remembered, and the candidates follow in chunks; only a prompt or a candidate by itself is never cut.
         """
         tokens = [self.encoder.encode(row, self.items[row.history.domain]) for row in rows]
         scored: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
         by_count: dict[int, list[int]] = {}
         for place, row in enumerate(tokens):
-            by_count.setdefault(len(row.candidates), []).append(place)
+            if row.packed_length > token_budget:
+                scored[place] = self._in_chunks(row, token_budget)
+            elif row.candidates:
+                by_count.setdefault(len(row.candidates), []).append(place)
         for places in by_count.values():
             for batch in budgeted([tokens[place].packed_length for place in places], token_budget):
                 chosen = [places[index] for index in batch]
-                packed = pack([tokens[place] for place in chosen], self.encoder.pad_token).to(self.device)
+                packed = self._pack([tokens[place] for place in chosen])
                 for place, logits in zip(chosen, self.ranker(packed).cpu().numpy(), strict=True):
                     scored[place] = logits
         return scored
+
+    def _in_chunks(self, row: TokenRow, token_budget: int) -> np.ndarray:
+        """Logits of a row that is too long for one forward pass: [K] float32."""
+        if not row.candidates:
+            return np.zeros(0, np.float32)
+        cache = self.ranker.remember(self._pack([TokenRow(prompt=row.prompt, candidates=[])]))
+        pieces = [self.ranker.score_after(cache, self._pack([piece])) for piece in chunks(row, token_budget)]
+        logits: np.ndarray = torch.cat(pieces, dim=1)[0].cpu().numpy()
+        return logits
+
+    def _pack(self, rows: Sequence[TokenRow]) -> PackedBatch:
+        return pack(rows, self.encoder.pad_token).to(self.device)

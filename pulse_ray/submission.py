@@ -1,0 +1,210 @@
+"""`pulse-ray submit`: a run or a stage as a job of a Ray cluster, with this very package and configuration.
+
+A job is named after the experiment, the stage and the configuration, so that the same job is not started twice: while
+it runs, a second submission finds it. What was sent along is all that the cluster needs beyond the libraries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import pulse_ray
+from pulse_ray.config import OPERATIONAL, Amazon2018Source, Config
+from pulse_ray.errors import ArtifactError, ConfigError
+from pulse_ray.pipeline import STAGES
+from pulse_ray.progress import console
+
+CONFIGURATION = "configuration.json"
+ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+POLL_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is sent to a cluster."""
+
+    name: str
+    """Experiment, stage (or `run`) and fingerprint of the configuration: `quickstart-tree-0123456789abcdef`."""
+    entrypoint: str
+    config: Config
+    """As the cluster sees it."""
+    environment: Mapping[str, str]
+    """Variables of the driver and of all its workers."""
+
+
+class Client(Protocol):
+    """What is used of `ray.job_submission.JobSubmissionClient`."""
+
+    def list_jobs(self) -> Iterable[Any]: ...
+    def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any]) -> str: ...
+    def get_job_info(self, job_id: str) -> Any: ...
+    def tail_job_logs(self, job_id: str) -> Any: ...
+
+
+def describe(config: Config, stage: str | None, environment: Mapping[str, str]) -> Job:
+    """The job that runs a stage, or the whole pipeline.
+
+    Folders that are relative to where the command was given are made absolute: every node must reach them under
+    that name.
+
+    Args:
+        environment: variables of the driver and its workers; `runtime.cluster` adds what workers need anywhere.
+
+    Raises:
+        ConfigError: there is no such stage, or a file or model is named by a relative path.
+    """
+    if stage is not None and stage not in STAGES:
+        raise ConfigError(f"no stage '{stage}'", remedy=f"Stages are {', '.join(STAGES)}")
+    for name, path in _outside(config):
+        # Unlike folders, these enter fingerprints: a run that goes on elsewhere must find them under the same name.
+        if "://" not in path and not Path(path).expanduser().is_absolute():
+            raise ConfigError(f"{name} is the relative path '{path}'", remedy="A job needs an absolute path or a URI")
+    settings = [name for name, field in Config.model_fields.items() if OPERATIONAL not in field.metadata]
+    storage = _absolute(config.storage)
+    fingerprint = config.fingerprint(settings, [storage])
+    changes = {
+        "storage": storage,
+        "prepare": config.prepare.model_copy(update={"downloads": _absolute(config.prepare.downloads)}),
+        "cluster": config.cluster.model_copy(update={"address": "auto"}),
+    }
+    return Job(
+        name=f"{config.name}-{stage or 'run'}-{fingerprint}",
+        entrypoint=f"python -m pulse_ray.cli {stage or 'run'} {CONFIGURATION}",
+        config=config.model_copy(update=changes),
+        environment=environment,
+    )
+
+
+def _outside(config: Config) -> list[tuple[str, str]]:
+    """Settings that name files and model folders of this machine, with their values."""
+    found = []
+    for place, domain in enumerate(config.prepare.domains):
+        if isinstance(domain.source, Amazon2018Source):
+            found.append((f"prepare.domains.{place}.source.reviews", domain.source.reviews))
+            if domain.source.metadata is not None:
+                found.append((f"prepare.domains.{place}.source.metadata", domain.source.metadata))
+    models = {
+        "engine.model": config.engine.model,
+        "thought_space.model": config.thought_space.model,
+        "ranker.model": config.ranker.model,
+    }
+    # What is no folder here is a name on the model hub.
+    return found + [(name, model) for name, model in models.items() if Path(model).expanduser().is_dir()]
+
+
+def _absolute(folder: str) -> str:
+    return folder if "://" in folder else str(Path(folder).expanduser().absolute())
+
+
+def connect(address: str) -> Client:
+    """A client of the cluster's job server, e.g. `http://127.0.0.1:8265`. Sends the cluster's token, if there is one.
+
+    Raises:
+        ArtifactError: there is no such cluster, or it does not accept the token.
+    """
+    # Both are read when Ray is first imported. The address that was asked for counts, and tokens are on.
+    for name in ADDRESSES:
+        os.environ.pop(name, None)
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token" and not _has_token():
+        raise ArtifactError(
+            "no token for the Ray cluster",
+            remedy="Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH; for a cluster without tokens RAY_AUTH_MODE=disabled",
+        )
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client: Client = JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise ArtifactError(
+            f"the Ray cluster at {address} refused the token",
+            remedy="RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token must hold the one it was started with",
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise ArtifactError(
+            f"no job server of a Ray cluster at {address}: {error}",
+            remedy="Give the dashboard's address, e.g. --address http://127.0.0.1:8265",
+        ) from error
+    return client
+
+
+def _has_token() -> bool:
+    return any(os.environ.get(name) for name in TOKENS) or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def start(client: Client, job: Job, *, again: bool) -> tuple[str, bool]:
+    """Starts a job unless it runs, or has succeeded, already.
+
+    After a failure it is started under a new name: the old one with a number.
+
+    Args:
+        again: start it also where it has succeeded.
+
+    Returns:
+        Its name on the cluster, and whether this call started it.
+    """
+    known = {entry.submission_id: str(entry.status) for entry in client.list_jobs()}
+    over = {"FAILED", "STOPPED", *(["SUCCEEDED"] if again else [])}
+    name = next(name for name in _names(job.name) if known.get(name) not in over)
+    if name in known:
+        return name, False
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIGURATION).write_text(job.config.to_json(), encoding="utf-8")
+        try:
+            client.submit_job(
+                entrypoint=job.entrypoint,
+                submission_id=name,
+                runtime_env={
+                    "working_dir": folder,
+                    "py_modules": [str(Path(pulse_ray.__file__).parent)],
+                    "env_vars": dict(job.environment),
+                },
+            )
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise
+            return name, False  # Someone else was faster.
+    return name, True
+
+
+def _names(base: str) -> Iterable[str]:
+    yield base
+    yield from (f"{base}-{attempt}" for attempt in count(2))
+
+
+def follow(client: Client, name: str) -> int:
+    """Prints a job's log until it ends.
+
+    Returns:
+        The exit code of its driver; 1 where it ended without one.
+
+    Raises:
+        ArtifactError: the connection broke. The job goes on.
+    """
+    try:
+        asyncio.run(_print_log(client, name))
+        while not (info := client.get_job_info(name)).status.is_terminal():
+            time.sleep(POLL_S)
+    except (OSError, RuntimeError) as error:
+        raise ArtifactError(
+            f"lost sight of job {name}: {error}", remedy="It goes on; the same command with --follow finds it again"
+        ) from error
+    if str(info.status) == "SUCCEEDED":
+        return 0
+    console.print(f"job {name}: {info.status}: {info.message}", highlight=False, markup=False)
+    return int(info.driver_exit_code or 1)
+
+
+async def _print_log(client: Client, name: str) -> None:
+    async for piece in client.tail_job_logs(name):
+        print(piece, end="", flush=True)
