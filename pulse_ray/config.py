@@ -343,7 +343,8 @@ class ServeConfig(Section):
     tokens_file: str | None = Field(None, description="file of bearer tokens, one a line")
     tokens_env: str = Field("PULSE_RAY_TOKENS", description="environment variable of bearer tokens, by white space")
     store: str | None = Field(
-        None, description="profiles: `sqlite:///path` or `redis://host:port/db`; unset: a SQLite file in the run's folder"
+        None,
+        description="`sqlite:///path` or `redis://host:port/db`; unset: a SQLite file in the run's folder",
     )
     retry_after_s: Count = Field(1, description="when who was refused for load may try again")
     timeout_s: Annotated[float, Field(gt=0)] = Field(30, description="a request that takes longer is given up")

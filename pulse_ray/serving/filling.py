@@ -15,11 +15,11 @@ import pyarrow.fs as pafs
 
 from pulse_ray.config import Config
 from pulse_ray.errors import ArtifactError, ConfigError
-from pulse_ray.schema import Interaction
+from pulse_ray.schema import Interaction, Split
 from pulse_ray.serving.store import Profile, StoredReason, StoredThought, open_store
 from pulse_ray.workspace import Artefact, Manifest, Part, Workspace
 
-SPLIT = "test"
+SPLIT: Split = "test"
 """The split whose reasons saw the most of each user's history."""
 
 

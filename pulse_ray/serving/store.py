@@ -70,6 +70,14 @@ class Profile:
     tree: tuple[StoredThought, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A chosen reason and the tree that it was chosen from."""
+
+    reason: StoredReason
+    tree: tuple[StoredThought, ...]
+
+
 class ProfileStore(Protocol):
     """What a store does. All methods may be called from any thread.
 

@@ -95,9 +95,7 @@ class FakeBackend:
             domain="shop",
             user_id="u1",
             history=[
-                SeenStep(
-                    item_id=f"i{n}", title=TITLES[f"i{n}"], timestamp=1500 * 10**6 + n, rating=5 - n, review=words
-                )
+                SeenStep(item_id=f"i{n}", title=TITLES[f"i{n}"], timestamp=1500 * 10**6 + n, rating=5 - n, review=words)
                 for n, words in enumerate(reviews)
             ],
             reason=STORED,
