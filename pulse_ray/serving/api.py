@@ -35,7 +35,11 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     503: {"model": Problem, "description": "a part of the system does not answer"},
 }
 
-CONTENT_SECURITY = "default-src 'none'; style-src 'self' 'unsafe-inline'; script-src 'self'; connect-src 'self'"
+CONTENT_SECURITY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+)
+"""The page loads nothing from elsewhere, and runs no script but its own."""
 
 Text = Annotated[str, Query(max_length=256)]
 Domain = Annotated[str | None, Query(max_length=256)]

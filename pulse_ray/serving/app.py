@@ -88,7 +88,7 @@ class Ranker:
         self._batch.set_batch_wait_timeout_s(self.section.batch_wait_s)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
-        """Loads the adapter that `user_config["adapter"]` names; None is the run's own. Waits for the first one alone."""
+        """Loads the adapter that `user_config["adapter"]` names; None is the run's own. Waits for the first alone."""
         if self._loading is not None:
             self._loading.cancel()
         if self._loaded is None:
