@@ -84,8 +84,11 @@ class Ranker:
         self._loading: asyncio.Task[None] | None = None
         # One thread each: a tokenizer cannot be shared, and two forward passes would only share the cores.
         self._encoding, self._forward = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._batch.set_max_batch_size(self.section.token_budget)
-        self._batch.set_batch_wait_timeout_s(self.section.batch_wait_s)
+        self._batched = serve.batch(
+            max_batch_size=self.section.token_budget,
+            batch_wait_timeout_s=self.section.batch_wait_s,
+            batch_size_fn=lambda rows: sum(row.size for row in rows),
+        )(self._together)
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Loads the adapter that `user_config["adapter"]` names; None is the run's own. Waits for the first alone."""
@@ -106,11 +109,10 @@ class Ranker:
         loop = asyncio.get_running_loop()
         tokens = await loop.run_in_executor(self._encoding, loaded.scorer.encode, row)
         size = min(tokens.packed_length, self.section.token_budget)
-        scored: list[float] = await self._batch(Encoded(tokens=tokens, size=size, loaded=loaded))
+        scored: list[float] = await self._batched(Encoded(tokens=tokens, size=size, loaded=loaded))
         return scored, loaded.version
 
-    @serve.batch(batch_size_fn=lambda rows: sum(row.size for row in rows))  # type: ignore[untyped-decorator]
-    async def _batch(self, rows: list[Encoded]) -> list[list[float]]:
+    async def _together(self, rows: list[Encoded]) -> list[list[float]]:
         return await asyncio.get_running_loop().run_in_executor(self._forward, self._score, rows)
 
     def _score(self, rows: Sequence[Encoded]) -> list[list[float]]:

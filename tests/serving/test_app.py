@@ -26,7 +26,8 @@ from pulse_ray.workspace import Workspace
 from tests.serving import shop
 from tests.serving.conftest import free_port
 
-SWAP_TIMEOUT_S = 60
+SWAP_TIMEOUT_S = 240
+"""Seconds; a busy machine takes its time to start replicas."""
 
 
 @pytest.fixture(scope="module")
