@@ -190,6 +190,35 @@ def status(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = Fa
 
 
 @app.command(
+    "serve",
+    help="Answer ranking requests over HTTP, with a page for people, until Ctrl-C.\n\n"
+    "The run must be complete. Without tokens (serve.tokens_file, or the variable in serve.tokens_env) "
+    "only this machine is served.\n\n"
+    "\b\nExamples:\n"
+    "  pulse-ray serve configs/quickstart.yaml\n"
+    "  PULSE_RAY_TOKENS=secret pulse-ray serve configs/quickstart.yaml --host 0.0.0.0 --port 8080\n"
+    "  pulse-ray serve configs/quickstart.yaml --set serve.store=redis://localhost:6379/0\n",
+)
+def serve_online(
+    config: ConfigPath,
+    port: Annotated[int | None, typer.Option(help="In place of serve.port.", show_default=False)] = None,
+    host: Annotated[str | None, typer.Option(help="In place of serve.host.", show_default=False)] = None,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+) -> None:
+    given = {"port": port, "host": host}
+    changes = [f"serve.{name}={value}" for name, value in given.items() if value is not None]
+    settings = _load(config, [*(overrides or ()), *changes])
+    from pulse_ray.serving import command
+
+    if dry_run:
+        typer.echo(settings.to_json())
+        _complain(command.intent(settings))
+        return
+    command.run(settings)
+
+
+@app.command(
     "doctor",
     help="Look at this machine: Python, packages, devices, memory, disk, models; say how to mend what is amiss.\n\n"
     "Exits with code 1 if something is broken that a run needs.\n\n"

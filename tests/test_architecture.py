@@ -29,8 +29,12 @@ SHARED = {
     "data.preparation": ("candidates.stage",),
     "candidates.sasrec": ("serving.*", "scoring.retrieval"),
     "thought_space.encoders": ("selection.*", "serving.*"),
+    "tree.growing": ("serving.*",),
+    "tree.search": ("serving.*",),
+    "selection.selectors": ("serving.*",),
     "*.prompts": ("pipeline", "evaluation.stage", "serving.*", "scoring.*"),
     "ranker.scorer": ("evaluation.stage", "serving.*", "scoring.worker"),
+    "ranker.packing": ("serving.*",),
 }
 """What a stage's package lends to modules outside of it. Anything else of it is its own business."""
 
@@ -45,12 +49,15 @@ LIBRARIES = {
     "transformers": ("models", "generation.engine", "thought_space.encoders", "ranker.*"),
     "peft": ("ranker.model",),
     "sentence_transformers": ("thought_space.encoders",),
-    "faiss": ("candidates.neighbours",),
+    "faiss": ("candidates.neighbours", "serving.retrieval"),
     "polars": ("data.*",),
     "sklearn": ("evaluation.*",),
     "matplotlib": ("evaluation.*",),
     "jinja2": ("evaluation.report",),
     "fastapi": ("serving.*",),
+    "starlette": ("serving.*",),
+    "prometheus_client": ("serving.*",),
+    "redis": ("serving.store",),
 }
 """Which modules may import a heavy library, at all: inside functions too."""
 

@@ -30,7 +30,6 @@ class Scorer:
         self.ranker = model.load(folder, config)
         self.device = next(self.ranker.parameters()).device
 
-    @torch.inference_mode()
     def score(self, rows: Sequence[RankRow], token_budget: int) -> list[np.ndarray]:
         """Logits of each row's candidates: [K] float32 each, in the rows' order.
 
@@ -39,8 +38,16 @@ class Scorer:
             token_budget: padded tokens in one forward pass. Of a row that is longer, the prompt is read once and
                 remembered, and the candidates follow in chunks; only a prompt or a candidate by itself is never cut.
         """
-        tokens = [self.encoder.encode(row, self.items[row.history.domain]) for row in rows]
-        scored: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
+        return self.score_tokens([self.encode(row) for row in rows], token_budget)
+
+    def encode(self, row: RankRow) -> TokenRow:
+        """The tokens of a row. Needs no model, so it may go on beside a forward pass."""
+        return self.encoder.encode(row, self.items[row.history.domain])
+
+    @torch.inference_mode()
+    def score_tokens(self, tokens: Sequence[TokenRow], token_budget: int) -> list[np.ndarray]:
+        """`score`, for rows that are encoded already."""
+        scored: list[np.ndarray] = [np.zeros(0, np.float32)] * len(tokens)
         by_count: dict[int, list[int]] = {}
         for place, row in enumerate(tokens):
             if row.packed_length > token_budget:

@@ -7,15 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from pulse_ray import catalogue
-from pulse_ray.generation import gates
-from pulse_ray.generation.engine import Completion, Engine
+from pulse_ray.generation.engine import Engine
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.generation.pool import generate
 from pulse_ray.runtime import ShardOutput
 from pulse_ray.schema import History, Reject, histories, table
-from pulse_ray.seeding import derive
 from pulse_ray.tree import prompts
-from pulse_ray.tree.search import Node, grow
+from pulse_ray.tree.growing import grow_tree
+from pulse_ray.tree.search import Node
 from pulse_ray.workspace import Part, StageRun
 
 
@@ -73,30 +72,8 @@ class TreeWorker:
         )
 
     async def _tree(self, history: History, near: Sequence[str]) -> list[Node] | Flaw:
-        engine, sampling = self.engine, self.config.sampling
-        context = prompts.context(
-            history,
-            self.items[history.domain],
-            prompts.unseen(history, near, self.config.neighbour_items),
-            count=engine.count,
-            max_tokens=self.config.text.history_tokens,
-            review_words=self.config.text.review_words,
-            special_tokens=engine.special_tokens,
-        )
-
-        async def think(node_id: str, parent: str | None) -> Completion | Flaw:
-            if parent is None:
-                messages, instruction = prompts.base_messages(context), prompts.BASE
-            else:
-                messages = prompts.refine_messages(context, parent, engine.special_tokens)
-                instruction = prompts.REFINE
-
-            def seed(attempt: int) -> int:
-                return derive(self.stage.config.seed, "tree", history.example_id, node_id, attempt)
-
-            return await gates.draw(engine, engine.render(messages), instruction, sampling, seed, prompts.OPENING)
-
-        return await grow(self.config.breadths, think)
+        items, seed = self.items[history.domain], self.stage.config.seed
+        return await grow_tree(self.engine, self.config, history, items, near, seed=seed)
 
 
 def _row(example_id: str, node: Node) -> dict[str, Any]:

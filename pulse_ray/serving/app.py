@@ -1,0 +1,375 @@
+"""The Ray Serve application: ingress, retriever, ranker and, where it is switched on, reasoner.
+
+Each deployment is a thin shell around a plain class, sized by its section of `serve`. Heavy libraries load in the
+replicas that need them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pyarrow.fs as pafs
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
+
+from pulse_ray import catalogue, models
+from pulse_ray.config import Config, DeploymentConfig, SamplingConfig, load
+from pulse_ray.errors import ArtifactError, ConfigError
+from pulse_ray.ranker.prompts import RankRow
+from pulse_ray.runtime import cluster
+from pulse_ray.schema import History
+from pulse_ray.serving import api, guard
+from pulse_ray.serving.backend import BusyError, UnavailableError
+from pulse_ray.serving.filling import fill, finished, store_address, variant_of
+from pulse_ray.serving.recommender import Recommender, Services
+from pulse_ray.serving.store import Found, StoreDownError, open_store
+from pulse_ray.workspace import Artefact, Workspace
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from pulse_ray.ranker.packing import TokenRow
+    from pulse_ray.ranker.scorer import Scorer
+
+NAME = "pulse-ray"
+WEIGHTS = "adapter_model.safetensors"
+
+T = TypeVar("T")
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A ranker in memory. `version` is the variant and the sha256 of the adapter's weights."""
+
+    scorer: Scorer
+    adapter: str | None
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """A row on its way to the model. It is scored by the very model that was current when it came."""
+
+    tokens: TokenRow
+    size: int
+    """Packed tokens, or the budget where that is less: Serve refuses what no batch can hold."""
+    loaded: Loaded
+
+
+class Ranker:
+    """Scores rows; those that come together go together, as far as the token budget reaches.
+
+    A new adapter comes by `user_config`. It is loaded beside the one that ranks, and takes over when it is ready: Serve
+    keeps requests from a replica while it reconfigures, so `reconfigure` itself must not wait for the load.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.section = config, config.serve.ranker
+        self.workspace, self.variant = Workspace(config.storage, config.name), variant_of(config)
+        self.items = catalogue.load(self.workspace.artefact("items"))
+        self._loaded: Loaded | None = None
+        self._loading: asyncio.Task[None] | None = None
+        # One thread each: a tokenizer cannot be shared, and two forward passes would only share the cores.
+        self._encoding, self._forward = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._batched = serve.batch(
+            max_batch_size=self.section.token_budget,
+            batch_wait_timeout_s=self.section.batch_wait_s,
+            batch_size_fn=lambda rows: sum(row.size for row in rows),
+        )(self._together)
+
+    async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
+        """Loads the adapter that `user_config["adapter"]` names; None is the run's own. Waits for the first alone."""
+        if self._loading is not None:
+            self._loading.cancel()
+        if self._loaded is None:
+            self._loaded = await asyncio.to_thread(self._load, user_config["adapter"])
+        else:
+            self._loading = asyncio.create_task(self._replace(user_config["adapter"]))
+
+    async def version(self) -> str:
+        """Of the model that ranks now."""
+        return self._current().version
+
+    async def rank(self, row: RankRow) -> tuple[list[float], str]:
+        """One logit for each candidate, and the version of the model."""
+        loaded = self._current()
+        loop = asyncio.get_running_loop()
+        tokens = await loop.run_in_executor(self._encoding, loaded.scorer.encode, row)
+        size = min(tokens.packed_length, self.section.token_budget)
+        scored: list[float] = await self._batched(Encoded(tokens=tokens, size=size, loaded=loaded))
+        return scored, loaded.version
+
+    async def _together(self, rows: list[Encoded]) -> list[list[float]]:
+        return await asyncio.get_running_loop().run_in_executor(self._forward, self._score, rows)
+
+    def _score(self, rows: Sequence[Encoded]) -> list[list[float]]:
+        scored: dict[int, list[float]] = {}
+        for loaded in {id(row.loaded): row.loaded for row in rows}.values():
+            places = [place for place, row in enumerate(rows) if row.loaded is loaded]
+            logits = loaded.scorer.score_tokens([rows[place].tokens for place in places], self.section.token_budget)
+            scored |= {place: values.tolist() for place, values in zip(places, logits, strict=True)}
+        return [scored[place] for place in range(len(rows))]
+
+    async def _replace(self, adapter: str | None) -> None:
+        try:
+            self._loaded = await asyncio.to_thread(self._load, adapter)
+        except Exception:
+            # Rankings go on with the model that is there; the answers name its version.
+            logger.exception("The adapter %s cannot be loaded; %s stays", adapter, self._current().version)
+
+    def _load(self, adapter: str | None) -> Loaded:
+        from pulse_ray.ranker.scorer import Scorer
+
+        with tempfile.TemporaryDirectory() as local:
+            folder = self._folder(adapter).download(Path(local))
+            digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+            scorer = Scorer(folder, self.config.ranker, self.items)
+        return Loaded(scorer=scorer, adapter=adapter, version=f"{self.variant}@{digest[:12]}")
+
+    def _folder(self, adapter: str | None) -> Artefact:
+        if adapter is None:
+            return Artefact(
+                self.workspace.filesystem, f"{self.workspace.artefact('ranker').path}/{self.variant}", self.variant
+            )
+        if "://" in adapter:
+            filesystem, path = pafs.FileSystem.from_uri(adapter)
+            return Artefact(filesystem, path, self.variant)
+        return Artefact(pafs.LocalFileSystem(), str(Path(adapter).expanduser().absolute()), self.variant)
+
+    def _current(self) -> Loaded:
+        assert self._loaded is not None, "Serve calls `reconfigure` before it sends a request"
+        return self._loaded
+
+
+class Retriever:
+    """Finds candidates with SASRec."""
+
+    def __init__(self, config: Config) -> None:
+        from pulse_ray.serving.retrieval import Retrieval
+
+        sasrec = Workspace(config.storage, config.name).artefact("sasrec")
+        with tempfile.TemporaryDirectory() as local:
+            self._retrieval = Retrieval(sasrec.download(Path(local)))
+
+    async def retrieve(self, domain: str, history: Sequence[str], count: int) -> list[str]:
+        """Up to `count` items that the history does not hold, best first."""
+        return await asyncio.to_thread(self._retrieval.nearest, domain, history, count)
+
+
+class Reasoner:
+    """Grows trees with a vLLM engine of its own, and selects as the served variant does."""
+
+    async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it.
+        from pulse_ray.generation.engine import Engine
+        from pulse_ray.serving.reasoning import Reasoning
+
+        workspace, selector = Workspace(config.storage, config.name), variant_of(config)
+        encoders = None
+        if selector == "thought_space":
+            from pulse_ray.thought_space.encoders import Encoders
+
+            with tempfile.TemporaryDirectory() as local:
+                encoders = Encoders.load(workspace.artefact("encoders").download(Path(local)))
+        engine = Engine(config.engine)
+        self._reasoning = Reasoning(
+            config,
+            engine,
+            catalogue.load(workspace.artefact("items")),
+            encoders,
+            selector=selector,
+            version=f"{selector}@online",
+        )
+        # The engine starts with its first completion: the replica is not ready before.
+        await engine.complete("Hello", [0], SamplingConfig(max_tokens=1))
+
+    async def reason(self, history: History) -> Found | str:
+        """A reason with its tree, or why there is none."""
+        return await self._reasoning.reason(history)
+
+
+class Ingress:
+    """The FastAPI application, its store and catalogue, and handles to the other deployments."""
+
+    def __init__(
+        self,
+        config: Config,
+        digests: Sequence[str],
+        retriever: DeploymentHandle[Any],
+        ranker: DeploymentHandle[Any],
+        reasoner: DeploymentHandle[Any] | None,
+    ) -> None:
+        self._config, self._digests = config, digests
+        self._backend = Recommender(
+            config,
+            catalogue.load(Workspace(config.storage, config.name).artefact("items")),
+            open_store(store_address(config), config.name),
+            Services(
+                retrieve=_service(retriever.retrieve, "the retriever"),
+                rank=_service(ranker.rank, "the ranker"),
+                reason=_service(reasoner.reason, "the reasoner") if reasoner is not None else None,
+                version=_service(ranker.version, "the ranker"),
+            ),
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        replica = serve.get_replica_context().replica_id.unique_id
+        return api.create(self._backend, self._config.serve, self._digests, replica)
+
+
+def _service(method: Any, name: str) -> Callable[..., Awaitable[Any]]:
+    """A method of a handle, with Ray's errors as refusals."""
+
+    async def ask(*values: Any) -> Any:
+        async with _refusals(name):
+            response: DeploymentResponse[Any] = method.remote(*values)
+            try:
+                return await response
+            except asyncio.CancelledError:
+                response.cancel()  # Nobody waits any more: the replica need not go on.
+                raise
+
+    return ask
+
+
+@asynccontextmanager
+async def _refusals(name: str) -> AsyncIterator[None]:
+    try:
+        yield
+    except BackPressureError as error:
+        raise BusyError(f"too many requests wait for {name}") from error
+    except (RayError, RayServeException) as error:
+        logger.warning("%s failed", name, exc_info=True)
+        raise UnavailableError(f"{name} does not answer") from error
+
+
+def application(config: Config) -> serve.Application:
+    """The deployments of a configuration, bound to each other.
+
+    Raises:
+        ArtifactError: the run lacks something that serving needs.
+        ConfigError: a token file cannot be read.
+    """
+    section = config.serve
+    workspace = Workspace(config.storage, config.name)
+    for name in ("items", "sasrec", "ranker", *(("encoders",) if section.reasoner.enabled else ())):
+        finished(workspace, name)
+    models.resolve(config.ranker.model)
+    retriever = _deployment(Retriever, section.retriever, section.retry_after_s).bind(config)
+    ranker = _deployment(
+        Ranker, section.ranker, section.retry_after_s, user_config={"adapter": section.ranker.adapter}
+    ).bind(config)
+    reasoner = None
+    if section.reasoner.enabled:
+        reasoner = _deployment(Reasoner, section.reasoner, section.retry_after_s).bind(config)
+    ingress = _deployment(serve.ingress(None)(Ingress), section.ingress, section.retry_after_s)
+    return ingress.bind(config, guard.token_digests(section), retriever, ranker, reasoner)
+
+
+def _deployment(kind: type, section: DeploymentConfig, retry_after_s: int, **more: Any) -> serve.Deployment:
+    replicas = section.replicas
+    if replicas.max > replicas.min:
+        more["autoscaling_config"] = {
+            "min_replicas": replicas.min,
+            "max_replicas": replicas.max,
+            "target_ongoing_requests": section.target_ongoing_requests,
+        }
+    else:
+        more["num_replicas"] = replicas.min
+    return serve.deployment(
+        name=kind.__name__,
+        ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
+        max_ongoing_requests=section.max_ongoing_requests,
+        max_queued_requests=section.max_queued_requests,
+        backpressure_config={"status_code": BusyError.status, "retry_after_s": retry_after_s},
+        **more,
+    )(kind)
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The application builder for `serve deploy` and `serve run`.
+
+    The store is filled first, unless it is filled from this run already.
+
+    Args:
+        args: `config`, the path of a YAML file, and optionally `set`, a list of `section.key=value`.
+
+    Raises:
+        ConfigError: an argument is missing or unknown, or the configuration is wrong.
+        ArtifactError: the run is not finished, or the store does not answer.
+    """
+    if unknown := sorted(set(args) - {"config", "set"}):
+        raise ConfigError(f"unknown argument '{unknown[0]}' of the application", remedy="Give `config` and `set` alone")
+    if "config" not in args:
+        raise ConfigError("the application has no `config`", remedy="Add the path of a YAML file to its args")
+    config = load(args["config"], args.get("set") or ())
+    fill_store(config)
+    return application(config)
+
+
+def fill_store(config: Config) -> int:
+    """`filling.fill`, with a store that is down as an error that the user can mend."""
+    try:
+        return fill(config)
+    except StoreDownError as error:
+        raise ArtifactError(
+            f"the profile store {store_address(config)} does not answer: {error}",
+            remedy="Start it, or set serve.store to another",
+        ) from error
+
+
+@contextmanager
+def serving(config: Config) -> Iterator[str]:
+    """Serves a configuration until the context ends. Yields the address.
+
+    Raises:
+        ConfigError: another host without tokens, or the port is taken.
+        ArtifactError: the run is not finished, or the application does not start.
+    """
+    section = config.serve
+    guard.check_host(section.host, guard.token_digests(section))
+    _check_port(section.host, section.port)
+    app = application(config)
+    with cluster(config.cluster):
+        quiet = {"log_level": "WARNING", "enable_access_log": False}
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": section.host, "port": section.port},
+                logging_config=quiet,
+            )
+            serve.run(app, name=NAME, route_prefix="/", logging_config=quiet)
+        except RuntimeError as error:
+            serve.shutdown()
+            raise ArtifactError(
+                f"the application does not start: {str(error).strip().splitlines()[-1]}",
+                remedy="The cause stands in the logs of the Ray session, in logs/serve",
+            ) from error
+        try:
+            yield f"http://{section.host}:{section.port}"
+        finally:
+            serve.shutdown()
+
+
+def _check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot serve on {host}:{port}: {error.strerror}", remedy="Choose another with --port or --host"
+            ) from error

@@ -1,0 +1,86 @@
+"""What `pulse-ray serve` does and says: addresses on standard output, progress and warnings on standard error."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import threading
+
+from pulse_ray.config import Config
+from pulse_ray.progress import console
+from pulse_ray.serving import guard
+from pulse_ray.serving.filling import store_address, variant_of
+from pulse_ray.workspace import Workspace
+
+
+def intent(config: Config) -> str:
+    """What would be served, in one line.
+
+    Raises:
+        ConfigError: another host without tokens, or no place for the store.
+    """
+    digests = guard.token_digests(config.serve)
+    guard.check_host(config.serve.host, digests)
+    asked = f"{len(digests)} tokens" if digests else "no tokens: this machine only"
+    return (
+        f"Would serve variant '{variant_of(config)}' of {Workspace(config.storage, config.name).path} "
+        f"on http://{config.serve.host}:{config.serve.port} ({asked}; profiles in {store_address(config)})"
+    )
+
+
+def run(config: Config) -> None:
+    """Serves until it is interrupted.
+
+    Raises:
+        PulseError: as `app.serving`.
+    """
+    open_to_all = not guard.token_digests(config.serve)
+    guard.check_host(config.serve.host, () if open_to_all else ("token",))
+    if open_to_all:
+        console.print(
+            "[yellow]warning:[/] no tokens are set, so whoever works on this machine may ask; "
+            f"{config.serve.host} is all that is listened on",
+            highlight=False,
+        )
+    from pulse_ray.serving import app
+
+    console.print(f"Filling the profile store {store_address(config)}", highlight=False)
+    written = app.fill_store(config)
+    console.print(f"      {written:,} profiles" if written else "      filled already", highlight=False)
+    console.print(f"Starting: variant '{variant_of(config)}'", highlight=False)
+    with app.serving(config) as address:
+        print(f"Page:    {address}/")
+        print(f"Try:     {curl(config, address, example_user(config))}", flush=True)
+        console.print("Ctrl-C ends it.", highlight=False)
+        # In slices, so that a signal is noticed on every platform.
+        forever = threading.Event()
+        while not forever.wait(1):
+            pass
+
+
+def example_user(config: Config) -> str | None:
+    """A user who can be asked for: the first of the store."""
+    from pulse_ray.serving.store import open_store
+
+    store = open_store(store_address(config), config.name)
+    try:
+        found = store.find(config.prepare.domains[0].name, "", 1)
+    finally:
+        store.close()
+    return found[0] if found else None
+
+
+def curl(config: Config, address: str, user: str | None) -> str:
+    """A line for a shell that ranks for a user.
+
+    Args:
+        user: whom to rank for; None writes a place-holder.
+    """
+    body: dict[str, str] = {"user_id": user or "USER"}
+    if len(config.prepare.domains) > 1:
+        body = {"domain": config.prepare.domains[0].name, **body}
+    words = ["curl", "-s", f"{address}/v1/rank", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    line = shlex.join(words)
+    if guard.token_digests(config.serve):
+        line += ' -H "Authorization: Bearer $TOKEN"'
+    return line

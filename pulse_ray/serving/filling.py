@@ -1,0 +1,141 @@
+"""Fills the profile store from a finished run: whole histories, and the reasons and trees of the test split.
+
+One partition of users is in memory at a time. The mark is set last, so a filling that was interrupted starts again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+import pyarrow.fs as pafs
+
+from pulse_ray.config import Config
+from pulse_ray.errors import ArtifactError, ConfigError
+from pulse_ray.schema import Interaction, Split
+from pulse_ray.serving.store import Profile, StoredReason, StoredThought, open_store
+from pulse_ray.workspace import Artefact, Manifest, Part, Workspace
+
+SPLIT: Split = "test"
+"""The split whose reasons saw the most of each user's history."""
+
+
+def variant_of(config: Config) -> str:
+    """The ranker's variant that is served."""
+    variants = config.ranker.variants
+    return config.serve.variant or ("thought_space" if "thought_space" in variants else variants[-1])
+
+
+def finished(workspace: Workspace, name: str) -> Manifest:
+    """The manifest of a complete artefact.
+
+    Raises:
+        ArtifactError: the run has not come so far.
+    """
+    manifest = workspace.artefact(name).manifest()
+    if manifest is None:
+        raise ArtifactError(
+            f"{workspace.path} holds no complete '{name}', which serving needs", remedy="Run `pulse-ray run` first"
+        )
+    return manifest
+
+
+def store_address(config: Config) -> str:
+    """Where the profiles are: as configured, or a SQLite file in the run's folder.
+
+    Raises:
+        ConfigError: the run's storage is remote, where no SQLite file can be.
+    """
+    if config.serve.store is not None:
+        return config.serve.store
+    workspace = Workspace(config.storage, config.name)
+    if not isinstance(workspace.filesystem, pafs.LocalFileSystem):
+        raise ConfigError(
+            f"storage '{config.storage}' is remote, and a SQLite file cannot be kept there",
+            remedy="Set serve.store to redis://host:port/db, or to sqlite:///path on one machine",
+        )
+    return f"sqlite:///{workspace.path}/serving/profiles.sqlite"
+
+
+def fill(config: Config) -> int:
+    """Fills the configured store from the run, unless it is filled from just this run already.
+
+    Returns:
+        How many profiles were written; 0 where there was nothing to do.
+
+    Raises:
+        ArtifactError: the run is not finished, or a table of it is damaged.
+        StoreDownError: the store does not answer.
+    """
+    workspace, selector = Workspace(config.storage, config.name), variant_of(config)
+    needed = ("interactions", "thoughts", "reasons")
+    mark = "/".join([selector, *(finished(workspace, name).fingerprint for name in needed)])
+    store = open_store(store_address(config), config.name)
+    try:
+        if store.mark() == mark:
+            return 0
+        store.clear()
+        written = store.put(_profiles(workspace, selector))
+        store.set_mark(mark)
+    finally:
+        store.close()
+    return written
+
+
+def _profiles(workspace: Workspace, selector: str) -> Iterator[Profile]:
+    interactions, reasons = workspace.artefact("interactions"), workspace.artefact("reasons")
+    version = f"{selector}@{finished(workspace, 'reasons').fingerprint[:8]}"
+    for partition in interactions.parts():
+        # Both are named after the users' partition: `part-0003` and `test-0003-0001`.
+        parts = [part for part in reasons.parts(SPLIT) if part.split("-")[1] == partition.split("-")[1]]
+        chosen, trees = _reasons(reasons, parts, selector, version), _trees(workspace.artefact("thoughts"), parts)
+        for (domain, user), rows in _by_user(interactions.read(partition).to_pylist()):
+            yield Profile(
+                domain=domain,
+                user_id=user,
+                history=tuple(sorted(rows, key=lambda step: step.timestamp)),
+                reason=chosen.get((domain, user)),
+                tree=tuple(trees.get((domain, user), ())),
+            )
+
+
+def _by_user(rows: list[dict[str, Any]]) -> Iterator[tuple[tuple[str, str], list[Interaction]]]:
+    rows.sort(key=itemgetter("domain", "user_id"))  # Stable: interactions at the same second keep their order.
+    for key, found in groupby(rows, key=itemgetter("domain", "user_id")):
+        yield (
+            key,
+            [
+                Interaction(**{name: row[name] for name in ("item_id", "timestamp", "rating", "review")})
+                for row in found
+            ],
+        )
+
+
+def _reasons(reasons: Artefact, parts: list[Part], selector: str, version: str) -> dict[tuple[str, str], StoredReason]:
+    return {
+        _user(row.pop("example_id")): StoredReason(**row, version=version)
+        for part in parts
+        for row in reasons.read(part).to_pylist()
+        if row["selector"] == selector
+    }
+
+
+def _trees(thoughts: Artefact, parts: list[Part]) -> dict[tuple[str, str], list[StoredThought]]:
+    found: dict[tuple[str, str], list[StoredThought]] = defaultdict(list)
+    for part in parts:
+        for row in thoughts.read(part, ["example_id", "node_id", "depth", "text", "mean_logprob"]).to_pylist():
+            found[_user(row.pop("example_id"))].append(StoredThought(**row))
+    return found
+
+
+def _user(example_id: str) -> tuple[str, str]:
+    """Domain and user of an example.
+
+    >>> _user("shop/u/17/4")
+    ('shop', 'u/17')
+    """
+    domain, _, rest = example_id.partition("/")
+    return domain, rest.rpartition("/")[0]

@@ -1,0 +1,108 @@
+"""The ranker's class by itself: batches within the token budget, adapters that change while requests flow."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from pulse_ray import catalogue
+from pulse_ray.config import Config
+from pulse_ray.ranker.prompts import RankRow
+from pulse_ray.ranker.scorer import Scorer
+from pulse_ray.schema import History, Interaction
+from pulse_ray.serving.app import Encoded, Ranker
+from pulse_ray.workspace import Workspace
+from tests.serving import shop
+
+
+@pytest.fixture(autouse=True)
+def _outside_of_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve's batch queue asks its replica for settings, to warn of odd ones."""
+    monkeypatch.setattr(
+        "ray.serve.batching._BatchQueue._warn_if_max_batch_size_exceeds_max_ongoing_requests", lambda _: None
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    settings = shop.config(tmp_path_factory.mktemp("ranked"), serve={"ranker": {"token_budget": 300}})
+    shop.make(settings)
+    shop.add_models(settings)
+    return settings
+
+
+def _rows(config: Config) -> list[RankRow]:
+    items = catalogue.load(Workspace(config.storage, config.name).artefact("items"))["shop"]
+    return [
+        RankRow(
+            history=History(
+                example_id=f"shop/{number}/now",
+                domain="shop",
+                user_id=str(number),
+                interactions=tuple(
+                    Interaction(item_id=item, timestamp=place) for place, item in enumerate(shop.history(number))
+                ),
+            ),
+            reason=shop.reason(number),
+            # The last row alone is longer than the budget.
+            candidates=tuple(list(items.values())[: 30 if number == shop.USERS - 1 else 2 + number % 3]),
+        )
+        for number in range(shop.USERS)
+    ]
+
+
+def test_batches_keep_to_the_budget_and_change_nothing(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[list[Encoded]] = []
+    score = Ranker._score
+
+    def noted(ranker: Ranker, rows: list[Encoded]) -> list[list[float]]:
+        batches.append(list(rows))
+        return score(ranker, rows)
+
+    monkeypatch.setattr(Ranker, "_score", noted)
+    rows = _rows(config)
+
+    async def ask() -> list[tuple[list[float], str]]:
+        ranker = Ranker(config)
+        await ranker.reconfigure({"adapter": None})
+        return list(await asyncio.gather(*map(ranker.rank, rows)))
+
+    found = asyncio.run(ask())
+    folder = Path(Workspace(config.storage, config.name).artefact("ranker").path) / "thought_space"
+    items = catalogue.load(Workspace(config.storage, config.name).artefact("items"))
+    expected = Scorer(folder, config.ranker, items).score(rows, 4096)
+    for (logits, _), wanted in zip(found, expected, strict=True):
+        assert logits == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert len({version for _, version in found}) == 1
+    assert all(sum(row.size for row in batch) <= 300 for batch in batches)
+    assert max(row.tokens.packed_length for batch in batches for row in batch) > 300
+    assert max(map(len, batches)) > 1
+
+
+def test_a_new_adapter_takes_over_and_a_broken_one_does_not(config: Config, tmp_path: Path) -> None:
+    new = shop.make_adapter(tmp_path / "new", config.ranker, seed=1)
+    row = _rows(config)[0]
+
+    async def ask() -> list[tuple[list[float], str]]:
+        ranker = Ranker(config)
+        await ranker.reconfigure({"adapter": None})
+        answers = [await ranker.rank(row)]
+        for adapter in (str(tmp_path / "missing"), f"file://{new}"):
+            await ranker.reconfigure({"adapter": adapter})
+            assert ranker._loading is not None
+            while not ranker._loading.done():
+                answers.append(await ranker.rank(row))
+            answers.append(await ranker.rank(row))
+            answers.append(([], adapter))
+        return answers
+
+    answers = asyncio.run(ask())
+    marks = [place for place, (logits, _) in enumerate(answers) if not logits]
+    before = {version for _, version in answers[: marks[0]]}
+    assert before == {answers[0][1]}
+    assert answers[marks[1] - 1][1] != answers[0][1]
+    logits = {version: tuple(round(value, 4) for value in found) for found, version in answers if found}
+    assert len(logits) == 2
+    assert all(logits[version] == pytest.approx(found, abs=1e-3) for found, version in answers if found)
