@@ -219,7 +219,7 @@ def _start(role: list[str], folder: str, environment: dict[str, str]) -> subproc
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends `ray start --block` and all that it started, at once: asked politely, Ray drains a node for half a minute."""
+    """Ends `ray start --block` and all that it started, at once: asked politely, Ray drains a node for 30 s."""
     with contextlib.suppress(psutil.NoSuchProcess):
         ours = psutil.Process(process.pid).children(recursive=True)
         process.kill()

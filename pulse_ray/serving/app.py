@@ -342,6 +342,7 @@ def serving(config: Config) -> Iterator[str]:
     guard.check_host(section.host, guard.token_digests(section))
     _check_port(section.host, section.port)
     app = application(config)
+    logger.setLevel(logging.WARNING)  # This process's own lines; `quiet` is for those of the replicas.
     with cluster(config.cluster):
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import threading
 
 from pulse_ray.config import Config
@@ -29,7 +30,7 @@ def intent(config: Config) -> str:
 
 
 def run(config: Config) -> None:
-    """Serves until it is interrupted.
+    """Serves until Ctrl-C or SIGTERM, which ends it as cleanly.
 
     Raises:
         PulseError: as `app.serving`.
@@ -52,9 +53,11 @@ def run(config: Config) -> None:
         print(f"Page:    {address}/")
         print(f"Try:     {curl(config, address, example_user(config))}", flush=True)
         console.print("Ctrl-C ends it.", highlight=False)
+        over = threading.Event()
+        # Ray would take the signal for a crash. Set here, as Ray sets its own handlers when it starts.
+        signal.signal(signal.SIGTERM, lambda *_: over.set())
         # In slices, so that a signal is noticed on every platform.
-        forever = threading.Event()
-        while not forever.wait(1):
+        while not over.wait(1):
             pass
 
 

@@ -1,6 +1,7 @@
 """Fills the profile store from a finished run: whole histories, and the reasons and trees of the test split.
 
-One partition of users is in memory at a time. The mark is set last, so a filling that was interrupted starts again.
+One partition of users is in memory at a time. The mark is set last, so a filling that was interrupted starts again. Who
+is served meanwhile finds every user, with the older profile or the newer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import pyarrow.fs as pafs
 from pulse_ray.config import Config
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.schema import Interaction, Split
-from pulse_ray.serving.store import Profile, StoredReason, StoredThought, open_store
+from pulse_ray.serving.store import BATCH, Profile, StoredReason, StoredThought, open_store
 from pulse_ray.workspace import Artefact, Manifest, Part, Workspace
 
 SPLIT: Split = "test"
@@ -77,8 +78,8 @@ def fill(config: Config) -> int:
     try:
         if store.mark() == mark:
             return 0
-        store.clear()
-        written = store.put(_profiles(workspace, selector))
+        written = store.put(_profiles(workspace, selector), mark)
+        store.retire([mark, BATCH])
         store.set_mark(mark)
     finally:
         store.close()

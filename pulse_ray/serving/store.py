@@ -1,7 +1,8 @@
 """The profile store: what is known of a user when a request names one, by domain and user.
 
 SQLite keeps it in one file, for one machine; Redis serves several nodes. Both keep a profile as JSON, list users by the
-bytes of their ids, and carry a mark that names what they were filled from.
+bytes of their ids, and carry a mark that names what they were filled from. A store that serves can be filled anew: each
+profile knows its filling, new ones replace old ones in place, and those that are left of older fillings go last.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +26,9 @@ from pulse_ray.schema import Interaction
 
 WRITE_BATCH = 500
 """Profiles written in one transaction or round trip."""
+
+BATCH = "score"
+"""The filling of `pulse-ray score`: what it keeps outlasts the run's own fillings."""
 
 TIMEOUT_S = 2.0
 """Longest wait for the store's answer; then it counts as down."""
@@ -89,8 +93,8 @@ class ProfileStore(Protocol):
         """A user's profile, or None where there is none."""
         ...
 
-    def put(self, profiles: Iterable[Profile]) -> int:
-        """Keeps profiles in place of those of the same users; returns how many."""
+    def put(self, profiles: Iterable[Profile], filling: str) -> int:
+        """Keeps profiles in place of those of the same users, as part of a filling; returns how many."""
         ...
 
     def find(self, domain: str, prefix: str, limit: int) -> list[str]:
@@ -105,8 +109,8 @@ class ProfileStore(Protocol):
         """Says that the store is filled from `mark`."""
         ...
 
-    def clear(self) -> None:
-        """Removes all profiles and the mark."""
+    def retire(self, keep: Collection[str]) -> None:
+        """Removes the profiles of all fillings but these."""
         ...
 
     def close(self) -> None:
@@ -133,7 +137,8 @@ class SqliteStore:
             self._run("PRAGMA synchronous=NORMAL")
             self._run(
                 "CREATE TABLE IF NOT EXISTS profiles"
-                "(domain TEXT, user_id TEXT, body TEXT NOT NULL, PRIMARY KEY (domain, user_id)) WITHOUT ROWID"
+                "(domain TEXT, user_id TEXT, filling TEXT NOT NULL, body TEXT NOT NULL, PRIMARY KEY (domain, user_id)) "
+                "WITHOUT ROWID"
             )
             self._run("CREATE TABLE IF NOT EXISTS marks (name TEXT PRIMARY KEY, value TEXT NOT NULL)")
         except (OSError, sqlite3.Error) as error:
@@ -144,15 +149,15 @@ class SqliteStore:
         found = self._run("SELECT body FROM profiles WHERE domain = ? AND user_id = ?", (domain, user_id))
         return _decoded(found[0][0]) if found else None
 
-    def put(self, profiles: Iterable[Profile]) -> int:
+    def put(self, profiles: Iterable[Profile], filling: str) -> int:
         """See `ProfileStore`."""
         count = 0
         for batch in _batches(profiles):
-            rows = [(one.domain, one.user_id, _encoded(one)) for one in batch]
+            rows = [(one.domain, one.user_id, filling, _encoded(asdict(one))) for one in batch]
             with self._lock:
                 try:
                     self._connection.execute("BEGIN")
-                    self._connection.executemany("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?)", rows)
+                    self._connection.executemany("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?, ?)", rows)
                     self._connection.execute("COMMIT")
                 except sqlite3.Error as error:
                     if self._connection.in_transaction:
@@ -178,10 +183,9 @@ class SqliteStore:
         """See `ProfileStore`."""
         self._run("INSERT OR REPLACE INTO marks VALUES ('filled', ?)", (mark,))
 
-    def clear(self) -> None:
+    def retire(self, keep: Collection[str]) -> None:
         """See `ProfileStore`."""
-        self._run("DELETE FROM marks")
-        self._run("DELETE FROM profiles")
+        self._run(f"DELETE FROM profiles WHERE filling NOT IN ({', '.join('?' * len(keep))})", tuple(keep))
 
     def close(self) -> None:
         """See `ProfileStore`."""
@@ -197,7 +201,7 @@ class SqliteStore:
 
 
 class RedisStore:
-    """A Redis server: a hash of profiles and a sorted set of user ids per domain, below a name of their own.
+    """A Redis server: a hash of profiles and a sorted set of user ids per domain, and a set of users per filling.
 
     Args:
         url: `redis://host:port/db` or `rediss://…`.
@@ -221,15 +225,17 @@ class RedisStore:
             body = self._client.hget(self._key("profiles", domain), user_id)
         return _decoded(str(body)) if body is not None else None
 
-    def put(self, profiles: Iterable[Profile]) -> int:
+    def put(self, profiles: Iterable[Profile], filling: str) -> int:
         """See `ProfileStore`."""
         count = 0
         for batch in _batches(profiles):
             with _redis_errors(), self._client.pipeline(transaction=True) as pipeline:
+                pipeline.sadd(self._key("fillings"), filling)
                 for one in batch:
-                    pipeline.hset(self._key("profiles", one.domain), one.user_id, _encoded(one))
+                    body = _encoded({**asdict(one), "filling": filling})
+                    pipeline.hset(self._key("profiles", one.domain), one.user_id, body)
                     pipeline.zadd(self._key("users", one.domain), {one.user_id: 0})
-                    pipeline.sadd(self._key("domains"), one.domain)
+                    pipeline.sadd(self._key("filling", filling), _encoded([one.domain, one.user_id]))
                 pipeline.execute()
             count += len(batch)
         return count
@@ -251,12 +257,20 @@ class RedisStore:
         with _redis_errors():
             self._client.set(self._key("mark"), mark)
 
-    def clear(self) -> None:
+    def retire(self, keep: Collection[str]) -> None:
         """See `ProfileStore`."""
         with _redis_errors():
-            domains: Any = self._client.smembers(self._key("domains"))
-            keys = [self._key(kind, domain) for domain in domains for kind in ("profiles", "users")]
-            self._client.unlink(self._key("mark"), self._key("domains"), *keys)
+            fillings: Any = self._client.smembers(self._key("fillings"))
+            for filling in set(fillings) - set(keep):
+                for member in self._client.sscan_iter(self._key("filling", filling), count=WRITE_BATCH):
+                    domain, user = json.loads(member)
+                    body: Any = self._client.hget(self._key("profiles", domain), user)
+                    # A later filling may have put the user again.
+                    if body is not None and json.loads(body)["filling"] == filling:
+                        self._client.hdel(self._key("profiles", domain), user)
+                        self._client.zrem(self._key("users", domain), user)
+                self._client.unlink(self._key("filling", filling))
+                self._client.srem(self._key("fillings"), filling)
 
     def close(self) -> None:
         """See `ProfileStore`."""
@@ -305,22 +319,17 @@ def open_store(address: str, name: str) -> ProfileStore:
 
 def _batches(profiles: Iterable[Profile]) -> Iterator[list[Profile]]:
     """Profiles in lists of at most `WRITE_BATCH`."""
-    batch: list[Profile] = []
-    for one in profiles:
-        batch.append(one)
-        if len(batch) == WRITE_BATCH:
-            yield batch
-            batch = []
-    if batch:
+    rest = iter(profiles)
+    while batch := list(islice(rest, WRITE_BATCH)):
         yield batch
 
 
-def _encoded(profile: Profile) -> str:
-    return json.dumps(asdict(profile), ensure_ascii=False, separators=(",", ":"))
+def _encoded(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
 def _decoded(body: str) -> Profile:
-    raw: Mapping[str, Any] = json.loads(body)
+    raw: dict[str, Any] = json.loads(body)
     return Profile(
         domain=raw["domain"],
         user_id=raw["user_id"],

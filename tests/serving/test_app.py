@@ -12,7 +12,16 @@ from typing import Any
 
 import httpx
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
 from ray import serve
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 
 from pulse_ray import catalogue
 from pulse_ray.config import Config
@@ -91,6 +100,34 @@ def test_refusals_cross_serve(client: httpx.Client, config: Config) -> None:
     pieces = (large[at : at + 9999] for at in range(0, len(large), 9999))
     assert client.post("/v1/rank", content=pieces).status_code == 413
     assert client.post("/v1/rank", content=large).status_code == 413
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_requests_made_from_the_schema_get_answers_that_it_describes(
+    client: httpx.Client, mode: GenerationMode
+) -> None:
+    schema = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")
+    operations = [found.ok() for found in schema.get_all_operations()]
+    # What takes no parameters cannot be asked wrongly.
+    operations = [one for one in operations if one.path.startswith("/v1/") or mode.is_positive]
+    assert len(operations) >= 6
+    for operation in operations:
+
+        @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def check(case: schemathesis.Case) -> None:
+            answer = case.call()
+            case.validate_response(
+                answer,
+                checks=[
+                    not_a_server_error,
+                    status_code_conformance,
+                    content_type_conformance,
+                    response_schema_conformance,
+                ],
+            )
+
+        check()
 
 
 def test_the_page_and_the_probes_answer(client: httpx.Client) -> None:

@@ -15,6 +15,7 @@ from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.schema import Interaction
 from pulse_ray.serving import filling
 from pulse_ray.serving.store import (
+    BATCH,
     WRITE_BATCH,
     Profile,
     ProfileStore,
@@ -64,7 +65,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeStore]:
     new()
     yield new
     for store in made:
-        store.clear()
+        store.retire(())
         store.close()
 
 
@@ -72,7 +73,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MakeStore]:
 @given(profiles=st.lists(PROFILE, max_size=6), prefix=TEXT)
 def test_a_store_keeps_the_newest_profile_of_each_user(make: MakeStore, profiles: list[Profile], prefix: str) -> None:
     store = make()
-    assert store.put(profiles) == len(profiles)
+    assert store.put(profiles, "a") == len(profiles)
     newest = {(one.domain, one.user_id): one for one in profiles}
     for (domain, user), profile in newest.items():
         assert store.get(domain, user) == profile
@@ -83,17 +84,29 @@ def test_a_store_keeps_the_newest_profile_of_each_user(make: MakeStore, profiles
     assert store.mark() is None
     store.set_mark("a/b")
     assert store.mark() == "a/b"
-    store.clear()
-    assert store.mark() is None
+    store.retire(["b"])
     assert all(store.get(*key) is None for key in newest)
     assert store.find("shop", "", 3) == []
+
+
+def test_a_store_that_serves_is_filled_anew(make: MakeStore) -> None:
+    store = make()
+    old, kept, new = (Profile(domain="shop", user_id=user, history=()) for user in ("a/old", "kept", "new"))
+    store.put([old, kept], "first")
+    store.put([Profile(domain="shop", user_id="batch", history=())], BATCH)
+    store.put([kept, new], "second")
+    assert store.find("shop", "", 9) == ["a/old", "batch", "kept", "new"], "nobody is missing meanwhile"
+    store.retire(["second", BATCH])
+    assert store.find("shop", "", 9) == ["batch", "kept", "new"]
+    assert store.get("shop", "a/old") is None
+    assert store.get("shop", "kept") == kept
 
 
 def test_a_store_is_filled_and_read_by_several_threads(make: MakeStore) -> None:
     store = make()
     profiles = [Profile(domain="shop", user_id=f"u{n}", history=()) for n in range(3 * WRITE_BATCH + 1)]
     with ThreadPoolExecutor(4) as pool:
-        writers = [pool.submit(store.put, profiles[start::3]) for start in range(3)]
+        writers = [pool.submit(store.put, profiles[start::3], "a") for start in range(3)]
         readers = [pool.submit(store.get, "shop", f"u{n}") for n in range(300)]
         assert sum(writer.result() for writer in writers) == len(profiles)
         assert all(reader.result() in (None, profiles[n]) for n, reader in enumerate(readers))
@@ -102,15 +115,15 @@ def test_a_store_is_filled_and_read_by_several_threads(make: MakeStore) -> None:
 
 def test_runs_do_not_meet_in_one_redis(redis_server: RedisServer) -> None:
     first, second = (open_store(redis_server.url, name) for name in ("first", "second"))
-    first.put([Profile(domain="shop", user_id="u", history=())])
+    first.put([Profile(domain="shop", user_id="u", history=())], "a")
     assert second.get("shop", "u") is None
-    second.clear()
+    second.retire(())
     assert first.get("shop", "u") is not None
 
 
 def test_redis_that_stopped_is_down_and_comes_back(tmp_path: Path, redis_server: RedisServer) -> None:
     store = open_store(redis_server.url, "stops")
-    store.put([Profile(domain="shop", user_id="u", history=())])
+    store.put([Profile(domain="shop", user_id="u", history=())], "a")
     redis_server.stop()
     try:
         for question in (lambda: store.get("shop", "u"), lambda: store.find("shop", "", 1), store.mark):
