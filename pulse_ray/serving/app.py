@@ -34,7 +34,7 @@ from pulse_ray.serving import api, guard
 from pulse_ray.serving.backend import BusyError, UnavailableError
 from pulse_ray.serving.filling import fill, finished, store_address, variant_of
 from pulse_ray.serving.recommender import Recommender, Services
-from pulse_ray.serving.store import Found, StoreDownError, open_store
+from pulse_ray.serving.store import Found, open_store
 from pulse_ray.workspace import Artefact, Workspace
 
 if TYPE_CHECKING:
@@ -315,19 +315,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     if "config" not in args:
         raise ConfigError("the application has no `config`", remedy="Add the path of a YAML file to its args")
     config = load(args["config"], args.get("set") or ())
-    fill_store(config)
+    fill(config)
     return application(config)
-
-
-def fill_store(config: Config) -> int:
-    """`filling.fill`, with a store that is down as an error that the user can mend."""
-    try:
-        return fill(config)
-    except StoreDownError as error:
-        raise ArtifactError(
-            f"the profile store {store_address(config)} does not answer: {error}",
-            remedy="Start it, or set serve.store to another",
-        ) from error
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import threading
 from pulse_ray.config import Config
 from pulse_ray.progress import console
 from pulse_ray.serving import guard
-from pulse_ray.serving.filling import store_address, variant_of
+from pulse_ray.serving.filling import fill, opened, store_address, variant_of
 from pulse_ray.workspace import Workspace
 
 
@@ -46,7 +46,7 @@ def run(config: Config) -> None:
     from pulse_ray.serving import app
 
     console.print(f"Filling the profile store {store_address(config)}", highlight=False)
-    written = app.fill_store(config)
+    written = fill(config)
     console.print(f"      {written:,} profiles" if written else "      filled already", highlight=False)
     console.print(f"Starting: variant '{variant_of(config)}'", highlight=False)
     with app.serving(config) as address:
@@ -63,13 +63,8 @@ def run(config: Config) -> None:
 
 def example_user(config: Config) -> str | None:
     """A user who can be asked for: the first of the store."""
-    from pulse_ray.serving.store import open_store
-
-    store = open_store(store_address(config), config.name)
-    try:
+    with opened(config) as store:
         found = store.find(config.prepare.domains[0].name, "", 1)
-    finally:
-        store.close()
     return found[0] if found else None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -17,7 +18,15 @@ import pyarrow.fs as pafs
 from pulse_ray.config import Config
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.schema import Interaction, Split
-from pulse_ray.serving.store import BATCH, Profile, StoredReason, StoredThought, open_store
+from pulse_ray.serving.store import (
+    BATCH,
+    Profile,
+    ProfileStore,
+    StoreDownError,
+    StoredReason,
+    StoredThought,
+    open_store,
+)
 from pulse_ray.workspace import Artefact, Manifest, Part, Workspace
 
 SPLIT: Split = "test"
@@ -61,6 +70,26 @@ def store_address(config: Config) -> str:
     return f"sqlite:///{workspace.path}/serving/profiles.sqlite"
 
 
+@contextmanager
+def opened(config: Config) -> Iterator[ProfileStore]:
+    """The configured store, closed afterwards.
+
+    Raises:
+        ArtifactError: it cannot be opened, or does not answer.
+        ConfigError: there is no place for it.
+    """
+    store = open_store(store_address(config), config.name)
+    try:
+        yield store
+    except StoreDownError as error:
+        raise ArtifactError(
+            f"the profile store {store_address(config)} does not answer: {error}",
+            remedy="Start it, or set serve.store to another",
+        ) from error
+    finally:
+        store.close()
+
+
 def fill(config: Config) -> int:
     """Fills the configured store from the run, unless it is filled from just this run already.
 
@@ -68,22 +97,18 @@ def fill(config: Config) -> int:
         How many profiles were written; 0 where there was nothing to do.
 
     Raises:
-        ArtifactError: the run is not finished, or a table of it is damaged.
-        StoreDownError: the store does not answer.
+        ArtifactError: the run is not finished, a table of it is damaged, or the store does not answer.
     """
     workspace, selector = Workspace(config.storage, config.name), variant_of(config)
     needed = ("interactions", "thoughts", "reasons")
     mark = "/".join([selector, *(finished(workspace, name).fingerprint for name in needed)])
-    store = open_store(store_address(config), config.name)
-    try:
+    with opened(config) as store:
         if store.mark() == mark:
             return 0
         written = store.put(_profiles(workspace, selector), mark)
         store.retire([mark, BATCH])
         store.set_mark(mark)
-    finally:
-        store.close()
-    return written
+        return written
 
 
 def _profiles(workspace: Workspace, selector: str) -> Iterator[Profile]:

@@ -46,7 +46,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     settings = shop.config(storage, serve={"port": free_port(), "retrieve_k": 7})
     shop.make(settings)
     shop.add_models(settings)
-    assert app.fill_store(settings) == shop.USERS
+    assert filling.fill(settings) == shop.USERS
     return settings
 
 
