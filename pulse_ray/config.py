@@ -293,6 +293,10 @@ class RankerConfig(Section):
             raise ValueError(f"variants repeat: {variants}")
         return variants
 
+    def served(self, variant: Variant | None) -> Variant:
+        """The variant that ranks for users: the one named, else `thought_space`, else the last one."""
+        return variant or ("thought_space" if "thought_space" in self.variants else self.variants[-1])
+
 
 class EvaluateConfig(Section):
     """Metrics with bootstrap intervals on the stored candidates, and the report."""
@@ -360,7 +364,7 @@ class ServeConfig(Section):
 
     host: str = Field("127.0.0.1", description="another one needs tokens")
     port: Annotated[int, Field(ge=1, le=65535)] = 8000
-    variant: str | None = Field(None, description="one of ranker.variants; unset: thought_space, else the last one")
+    variant: Variant | None = Field(None, description="one of ranker.variants; unset: thought_space, else the last one")
     retrieve_k: Count = Field(20, description="candidates that SASRec finds where a request names none")
     limits: LimitsConfig = LimitsConfig()
     tokens_file: str | None = Field(None, description="file of bearer tokens, one a line")

@@ -27,7 +27,7 @@ STAGE_PACKAGES = ("data", "candidates", "rationales", "thought_space", "tree", "
 SHARED = {
     "data.sources": ("pipeline",),
     "data.preparation": ("candidates.stage",),
-    "candidates.sasrec": ("serving.*", "scoring.retrieval"),
+    "candidates.retrieval": ("serving.app", "scoring.worker"),
     "thought_space.encoders": ("selection.*", "serving.*"),
     "tree.growing": ("serving.*",),
     "tree.search": ("serving.*",),
@@ -49,7 +49,7 @@ LIBRARIES = {
     "transformers": ("models", "generation.engine", "thought_space.encoders", "ranker.*"),
     "peft": ("ranker.model",),
     "sentence_transformers": ("thought_space.encoders",),
-    "faiss": ("candidates.neighbours", "serving.retrieval"),
+    "faiss": ("candidates.neighbours", "candidates.retrieval"),
     "polars": ("data.*",),
     "sklearn": ("evaluation.*",),
     "matplotlib": ("evaluation.*",),

@@ -71,8 +71,7 @@ def prepare(config: Config, users: str, output: str) -> ScoreJob:
     made_by = {artefact: run.fingerprint for run in plan.values() for artefact in run.spec.outputs}
     inputs = {name: made_by[name] for name in SPEC.inputs}
     found = open_users(users, [domain.name for domain in config.prepare.domains])
-    variants = config.ranker.variants
-    variant = config.score.variant or ("thought_space" if "thought_space" in variants else variants[-1])
+    variant = config.ranker.served(config.score.variant)
     # Named or left unset, the same ranker gives the same scores.
     config = config.model_copy(update={"score": config.score.model_copy(update={"variant": variant})})
     marks = [*inputs.values(), *SPEC.constants, *(file.mark for file in found.files)]

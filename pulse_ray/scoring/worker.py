@@ -22,7 +22,7 @@ from pulse_ray.scoring.users import ShardReader, UserRow, Users, understand
 from pulse_ray.workspace import Artefact, Part, StageRun
 
 if TYPE_CHECKING:
-    from pulse_ray.scoring.retrieval import Retriever
+    from pulse_ray.candidates.retrieval import Retrieval
 
 
 class RankScorer(Protocol):
@@ -88,13 +88,28 @@ class UserWorker:
 
     def _with_candidates(self, rows: Sequence[UserRow], rejects: list[Reject]) -> list[UserRow]:
         """The rows, with candidates retrieved where none were given; who is left without any joins the rejects."""
-        lacking = [row for row in rows if row.candidates is None]
-        found = iter(self._retriever.find(lacking) if lacking else ())
+        found = iter(self._retrieved([row for row in rows if row.candidates is None]))
         complete = [row if row.candidates is not None else replace(row, candidates=next(found)) for row in rows]
         for row in complete:
             if not row.candidates:
                 rejects.append(Reject(key=row.row_id, reason="nothing to retrieve", detail="the user touched it all"))
         return [row for row in complete if row.candidates]
+
+    def _retrieved(self, rows: Sequence[UserRow]) -> list[tuple[str, ...]]:
+        """Candidates that the users of these rows never touched."""
+        if not rows:
+            return []
+        from pulse_ray.candidates.retrieval import Query
+
+        queries = [
+            Query(
+                domain=row.history.domain,
+                history=[step.item_id for step in row.history.interactions],
+                touched=row.touched,
+            )
+            for row in rows
+        ]
+        return [tuple(items) for items in self._retrieval.nearest(queries, self.config.retrieve_k)]
 
     def _ranked(self, rows: Sequence[UserRow]) -> list[RankRow]:
         """What the ranker sees of each row, with the reason given, else the one that the run found."""
@@ -130,11 +145,11 @@ class UserWorker:
     # What follows is loaded when the first row asks for it: an input that brings candidates and reasons needs neither.
 
     @cached_property
-    def _retriever(self) -> Retriever:
-        from pulse_ray.scoring.retrieval import Retriever
+    def _retrieval(self) -> Retrieval:
+        from pulse_ray.candidates.retrieval import Retrieval
 
         with tempfile.TemporaryDirectory() as local:
-            return Retriever(self.stage.input("sasrec").download(Path(local)), self.config.retrieve_k)
+            return Retrieval(self.stage.input("sasrec").download(Path(local)))
 
     @cached_property
     def _reasons(self) -> Reasons:

@@ -32,7 +32,7 @@ from pulse_ray.runtime import cluster
 from pulse_ray.schema import History
 from pulse_ray.serving import api, guard
 from pulse_ray.serving.backend import BusyError, UnavailableError
-from pulse_ray.serving.filling import fill, finished, store_address, variant_of
+from pulse_ray.serving.filling import fill, finished, store_address
 from pulse_ray.serving.recommender import Recommender, Services
 from pulse_ray.serving.store import Found, open_store
 from pulse_ray.workspace import Artefact, Workspace
@@ -78,7 +78,10 @@ class Ranker:
 
     def __init__(self, config: Config) -> None:
         self.config, self.section = config, config.serve.ranker
-        self.workspace, self.variant = Workspace(config.storage, config.name), variant_of(config)
+        self.workspace, self.variant = (
+            Workspace(config.storage, config.name),
+            config.ranker.served(config.serve.variant),
+        )
         self.items = catalogue.load(self.workspace.artefact("items"))
         self._loaded: Loaded | None = None
         self._loading: asyncio.Task[None] | None = None
@@ -158,7 +161,7 @@ class Retriever:
     """Finds candidates with SASRec."""
 
     def __init__(self, config: Config) -> None:
-        from pulse_ray.serving.retrieval import Retrieval
+        from pulse_ray.candidates.retrieval import Retrieval
 
         sasrec = Workspace(config.storage, config.name).artefact("sasrec")
         with tempfile.TemporaryDirectory() as local:
@@ -166,7 +169,13 @@ class Retriever:
 
     async def retrieve(self, domain: str, history: Sequence[str], count: int) -> list[str]:
         """Up to `count` items that the history does not hold, best first."""
-        return await asyncio.to_thread(self._retrieval.nearest, domain, history, count)
+        return await asyncio.to_thread(self._nearest, domain, history, count)
+
+    def _nearest(self, domain: str, history: Sequence[str], count: int) -> list[str]:
+        from pulse_ray.candidates.retrieval import Query
+
+        [found] = self._retrieval.nearest([Query(domain=domain, history=history, touched=history)], count)
+        return found
 
 
 class Reasoner:
@@ -176,7 +185,7 @@ class Reasoner:
         from pulse_ray.generation.engine import Engine
         from pulse_ray.serving.reasoning import Reasoning
 
-        workspace, selector = Workspace(config.storage, config.name), variant_of(config)
+        workspace, selector = Workspace(config.storage, config.name), config.ranker.served(config.serve.variant)
         encoders = None
         if selector == "thought_space":
             from pulse_ray.thought_space.encoders import Encoders

@@ -10,7 +10,7 @@ import threading
 from pulse_ray.config import Config
 from pulse_ray.progress import console
 from pulse_ray.serving import guard
-from pulse_ray.serving.filling import fill, opened, store_address, variant_of
+from pulse_ray.serving.filling import fill, opened, store_address
 from pulse_ray.workspace import Workspace
 
 
@@ -23,8 +23,9 @@ def intent(config: Config) -> str:
     digests = guard.token_digests(config.serve)
     guard.check_host(config.serve.host, digests)
     asked = f"{len(digests)} tokens" if digests else "no tokens: this machine only"
+    variant = config.ranker.served(config.serve.variant)
     return (
-        f"Would serve variant '{variant_of(config)}' of {Workspace(config.storage, config.name).path} "
+        f"Would serve variant '{variant}' of {Workspace(config.storage, config.name).path} "
         f"on http://{config.serve.host}:{config.serve.port} ({asked}; profiles in {store_address(config)})"
     )
 
@@ -48,7 +49,7 @@ def run(config: Config) -> None:
     console.print(f"Filling the profile store {store_address(config)}", highlight=False)
     written = fill(config)
     console.print(f"      {written:,} profiles" if written else "      filled already", highlight=False)
-    console.print(f"Starting: variant '{variant_of(config)}'", highlight=False)
+    console.print(f"Starting: variant '{config.ranker.served(config.serve.variant)}'", highlight=False)
     with app.serving(config) as address:
         print(f"Page:    {address}/")
         print(f"Try:     {curl(config, address, example_user(config))}", flush=True)

@@ -33,12 +33,6 @@ SPLIT: Split = "test"
 """The split whose reasons saw the most of each user's history."""
 
 
-def variant_of(config: Config) -> str:
-    """The ranker's variant that is served."""
-    variants = config.ranker.variants
-    return config.serve.variant or ("thought_space" if "thought_space" in variants else variants[-1])
-
-
 def finished(workspace: Workspace, name: str) -> Manifest:
     """The manifest of a complete artefact.
 
@@ -99,7 +93,7 @@ def fill(config: Config) -> int:
     Raises:
         ArtifactError: the run is not finished, a table of it is damaged, or the store does not answer.
     """
-    workspace, selector = Workspace(config.storage, config.name), variant_of(config)
+    workspace, selector = Workspace(config.storage, config.name), config.ranker.served(config.serve.variant)
     needed = ("interactions", "thoughts", "reasons")
     mark = "/".join([selector, *(finished(workspace, name).fingerprint for name in needed)])
     with opened(config) as store:

@@ -19,7 +19,6 @@ from pulse_ray.ranker.prompts import RankRow
 from pulse_ray.schema import History, Interaction, Item
 from pulse_ray.serving import messages
 from pulse_ray.serving.backend import BusyError, InvalidError, RefusedError, UnavailableError, UnknownError
-from pulse_ray.serving.filling import variant_of
 from pulse_ray.serving.messages import RankAnswer, RankRequest, Reason, Thought
 from pulse_ray.serving.store import Found, Profile, ProfileStore, StoreDownError
 from pulse_ray.serving.titles import TitleIndex
@@ -63,7 +62,7 @@ class Recommender:
 
     def __init__(self, config: Config, items: Catalogue, store: ProfileStore, services: Services) -> None:
         self.config, self.items, self.store, self.services = config, items, store, services
-        self.variant = variant_of(config)
+        self.variant = config.ranker.served(config.serve.variant)
         self.titles = {domain: TitleIndex(found.values()) for domain, found in items.items()}
 
     async def rank(self, requests: Sequence[RankRequest]) -> list[RankAnswer]:
