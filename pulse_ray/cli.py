@@ -257,7 +257,7 @@ def diagnose(
     "INPUT: parquet with user_id, history (item ids, or interactions, oldest first) and, if wanted, domain, candidates "
     "(without: SASRec retrieves score.retrieve_k) and reason (without: as the run found it).\n\n"
     "OUTPUT: a folder with user_scores (all logits), recommendations (the best) and rejects. A job that was killed "
-    "goes on where it was.\n\n"
+    "goes on where it was. With --set score.keep_profiles=true, `pulse-ray serve` then knows these users too.\n\n"
     "\b\nExamples:\n"
     "  pulse-ray score configs/quickstart.yaml --input users.parquet --output runs/scored\n"
     "  pulse-ray score configs/video_games.yaml --input s3://shop/users/ --output s3://shop/scored "

@@ -322,6 +322,7 @@ class ScoreConfig(Section):
     top_n: Count = Field(10, description="items in a user's recommendations")
     retrieve_k: Count = Field(100, description="candidates that SASRec finds for a user who comes without any")
     shard_users: Count = Field(256, description="users in a part of the output: the unit of work and of commit")
+    keep_profiles: bool = Field(False, description="also keep each user's history and reason in serve.store")
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
     token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the ranker")
 

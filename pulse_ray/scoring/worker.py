@@ -80,6 +80,8 @@ class UserWorker:
         logits = self.scorer.score(ranked, self.config.token_budget)
         scores = [_scores(user, scored) for user, scored in zip(rows, logits, strict=True)]
         best = [self._best(*one) for one in zip(rows, ranked, logits, strict=True)]
+        if self.config.keep_profiles:
+            self._keep_profiles(rows, ranked)
         return ShardOutput(
             tables={"user_scores": table("user_scores", scores), "recommendations": table("recommendations", best)},
             examples=len(understood),
@@ -141,6 +143,33 @@ class UserWorker:
             "reason": row.reason,
             "model_version": self.version,
         }
+
+    def _keep_profiles(self, users: Sequence[UserRow], ranked: Sequence[RankRow]) -> None:
+        """Puts the users' histories into the profile store, with the reasons that they were ranked with.
+
+        A reason that the store holds already stays as it is there, with its agreement and its tree.
+        """
+        from pulse_ray.serving.filling import opened
+        from pulse_ray.serving.store import BATCH, Profile, StoredReason
+
+        with opened(self.stage.config) as store:
+            profiles = []
+            for user, row in zip(users, ranked, strict=True):
+                domain, name = user.history.domain, user.history.user_id
+                known = store.get(domain, name)
+                reason, tree = (known.reason, known.tree) if known else (None, ())
+                if row.reason is not None and (reason is None or reason.text != row.reason):
+                    selector = self.variant if user.reason is None else "given"
+                    reason, tree = (
+                        StoredReason(
+                            text=row.reason, agreement=None, selector=selector, node_id="", version=self.version
+                        ),
+                        (),
+                    )
+                profiles.append(
+                    Profile(domain=domain, user_id=name, history=row.history.interactions, reason=reason, tree=tree)
+                )
+            store.put(profiles, BATCH)
 
     # What follows is loaded when the first row asks for it: an input that brings candidates and reasons needs neither.
 

@@ -18,6 +18,8 @@ from pulse_ray import cli, pipeline
 from pulse_ray.errors import ArtifactError
 from pulse_ray.scoring import job as scoring
 from pulse_ray.scoring.worker import UserWorker
+from pulse_ray.serving.filling import opened
+from pulse_ray.serving.store import Profile, StoredReason, StoredThought
 
 # Ray's workers cannot import the tests.
 cloudpickle.register_pickle_by_value(fake_shop)
@@ -109,6 +111,23 @@ def test_retrieved_candidates_are_of_the_domain_and_untouched(tmp_path: Path, us
     assert all(item.startswith("p") for item in dee["items"])
     assert not {"p1", "p2"} & set(dee["items"])
     assert "s4" not in gil["items"]
+
+
+def test_profiles_are_kept_for_serving(tmp_path: Path, users: Path) -> None:
+    job = prepared(tmp_path, users, keep_profiles=True)
+    stored = StoredReason(text="They want Item s9.", agreement=0.5, selector="thought_space", node_id="1", version="v")
+    tree = (StoredThought(node_id="1", depth=1, text=stored.text, mean_logprob=-1.0),)
+    with opened(job.stage.config) as store:
+        store.put([Profile(domain="shop", user_id="b/ob", history=(), reason=stored, tree=tree)], "run")
+    ranked(job)
+    with opened(job.stage.config) as store:
+        ann, bob, dee = (store.get(*key) for key in (("shop", "ann"), ("shop", "b/ob"), ("pantry", "dee")))
+        assert store.find("shop", "", 9) == ["ann", "b/ob", "cy", "gil"], "rejected rows are not kept"
+    assert ann is not None and bob is not None and dee is not None
+    assert ann.reason is not None and (ann.reason.text, ann.reason.selector) == ("They want Item s5.", "given")
+    assert (bob.reason, bob.tree) == (stored, tree), "what the run knows of a reason is more than the batch job knows"
+    assert [step.item_id for step in bob.history] == ["s1", "s2"]
+    assert (dee.reason, [step.item_id for step in dee.history]) == (None, ["p1", "p2"])
 
 
 def test_parts_are_committed_and_never_made_again(tmp_path: Path, users: Path, ray_cluster: None) -> None:
