@@ -16,6 +16,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -372,8 +373,9 @@ class ServeConfig(Section):
     tokens_env: str = Field("PULSE_RAY_TOKENS", description="environment variable of bearer tokens, by white space")
     store: str | None = Field(
         None,
-        description="`sqlite:///path` or `redis://host:port/db`; unset: a SQLite file in the run's folder",
+        description="`sqlite:///path` or `redis://user@host:port/db`; unset: a SQLite file in the run's folder",
     )
+    store_password_env: str = Field("PULSE_RAY_STORE_PASSWORD", description="environment variable of Redis' password")
     retry_after_s: Count = Field(1, description="when who was refused for load may try again")
     timeout_s: Annotated[float, Field(gt=0)] = Field(30, description="a request that takes longer is given up")
     ingress: DeploymentConfig = DeploymentConfig(
@@ -388,6 +390,10 @@ class ServeConfig(Section):
     def _known(cls, store: str | None) -> str | None:
         if store is not None and not store.startswith(("sqlite:///", "redis://", "rediss://")):
             raise ValueError(f"'{store}' begins with neither sqlite:/// nor redis:// nor rediss://")
+        if store is not None and not store.startswith("sqlite") and urlsplit(store).password is not None:
+            raise ValueError(
+                "a password does not belong in a configuration: set the variable in serve.store_password_env"
+            )
         return store
 
 

@@ -32,9 +32,9 @@ from pulse_ray.runtime import cluster
 from pulse_ray.schema import History
 from pulse_ray.serving import api, guard
 from pulse_ray.serving.backend import BusyError, UnavailableError
-from pulse_ray.serving.filling import fill, finished, store_address
+from pulse_ray.serving.filling import connect, fill, finished
 from pulse_ray.serving.recommender import Recommender, Services
-from pulse_ray.serving.store import Found, open_store
+from pulse_ray.serving.store import Found
 from pulse_ray.workspace import Artefact, Workspace
 
 if TYPE_CHECKING:
@@ -45,6 +45,9 @@ if TYPE_CHECKING:
 
 NAME = "pulse-ray"
 WEIGHTS = "adapter_model.safetensors"
+
+HEALTH_CHECK_PERIOD_S = 2.0
+"""A replica that died is missed after so long; Serve's own ten seconds are most of what a recovery would take."""
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
@@ -224,7 +227,7 @@ class Ingress:
         self._backend = Recommender(
             config,
             catalogue.load(Workspace(config.storage, config.name).artefact("items")),
-            open_store(store_address(config), config.name),
+            connect(config),
             Services(
                 retrieve=_service(retriever.retrieve, "the retriever"),
                 rank=_service(ranker.rank, "the ranker"),
@@ -273,7 +276,8 @@ def application(config: Config) -> serve.Application:
     """
     section = config.serve
     workspace = Workspace(config.storage, config.name)
-    for name in ("items", "sasrec", "ranker", *(("encoders",) if section.reasoner.enabled else ())):
+    selects = section.reasoner.enabled and config.ranker.served(section.variant) == "thought_space"
+    for name in ("items", "sasrec", "ranker", *(("encoders",) if selects else ())):
         finished(workspace, name)
     models.resolve(config.ranker.model)
     retriever = _deployment(Retriever, section.retriever, section.retry_after_s).bind(config)
@@ -302,6 +306,7 @@ def _deployment(kind: type, section: DeploymentConfig, retry_after_s: int, **mor
         ray_actor_options={"num_cpus": replicas.cpus, "num_gpus": replicas.gpus},
         max_ongoing_requests=section.max_ongoing_requests,
         max_queued_requests=section.max_queued_requests,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         backpressure_config={"status_code": BusyError.status, "retry_after_s": retry_after_s},
         **more,
     )(kind)

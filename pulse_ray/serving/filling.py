@@ -6,6 +6,7 @@ is served meanwhile finds every user, with the older profile or the newer.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,16 @@ def store_address(config: Config) -> str:
     return f"sqlite:///{workspace.path}/serving/profiles.sqlite"
 
 
+def connect(config: Config) -> ProfileStore:
+    """The configured store. Redis' password comes from the environment of this process.
+
+    Raises:
+        ArtifactError: a SQLite file cannot be opened.
+        ConfigError: there is no place for it.
+    """
+    return open_store(store_address(config), config.name, os.environ.get(config.serve.store_password_env))
+
+
 @contextmanager
 def opened(config: Config) -> Iterator[ProfileStore]:
     """The configured store, closed afterwards.
@@ -72,7 +83,7 @@ def opened(config: Config) -> Iterator[ProfileStore]:
         ArtifactError: it cannot be opened, or does not answer.
         ConfigError: there is no place for it.
     """
-    store = open_store(store_address(config), config.name)
+    store = connect(config)
     try:
         yield store
     except StoreDownError as error:

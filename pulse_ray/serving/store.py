@@ -204,14 +204,16 @@ class RedisStore:
     """A Redis server: a hash of profiles and a sorted set of user ids per domain, and a set of users per filling.
 
     Args:
-        url: `redis://host:port/db` or `rediss://…`.
+        url: `redis://user@host:port/db` or `rediss://…`.
         name: what all keys begin with, so that runs do not meet.
+        password: the server's or the user's; None where it asks for none.
     """
 
-    def __init__(self, url: str, name: str) -> None:
+    def __init__(self, url: str, name: str, password: str | None) -> None:
         self._name = f"pulse_ray:{name}"
         self._client = redis.Redis.from_url(
             url,
+            password=password,
             decode_responses=True,
             socket_timeout=TIMEOUT_S,
             socket_connect_timeout=TIMEOUT_S,
@@ -289,12 +291,13 @@ def _redis_errors() -> Iterator[None]:
         raise StoreDownError(f"Redis: {error}") from error
 
 
-def open_store(address: str, name: str) -> ProfileStore:
+def open_store(address: str, name: str, password: str | None = None) -> ProfileStore:
     """The store at an address.
 
     Args:
         address: `sqlite:///path` (a fourth slash makes the path absolute), `redis://…` or `rediss://…`.
         name: the run's name, which keeps runs apart in one Redis.
+        password: of the Redis server.
 
     Raises:
         ConfigError: the address is of no known kind.
@@ -309,7 +312,7 @@ def open_store(address: str, name: str) -> ProfileStore:
                 remedy="Check the path, or delete the file; it is filled again from the run",
             ) from error
     try:
-        return RedisStore(address, name)
+        return RedisStore(address, name, password)
     except ValueError as error:
         raise ConfigError(
             f"serve.store '{address}' is no address: {error}",

@@ -6,22 +6,28 @@ import copy
 import gzip
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import jsonschema
 import pytest
 import ray
 import yaml
 from ray.serve.schema import ServeDeploySchema
+from redis import Redis
+from redis.exceptions import NoPermissionError
 
 import pulse_ray
 from pulse_ray import cli
 from pulse_ray.config import OPERATIONAL, Config, load
+from pulse_ray.serving.store import Profile, open_store
+from tests.serving.conftest import free_port, wait_for_redis
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -270,9 +276,49 @@ def test_redis_asks_for_the_user_that_ray_is(manifests: list[Manifest]) -> None:
     users = {one["gcsFaultToleranceOptions"]["redisUsername"]["value"] for one in _ray_clusters(manifests)}
     assert users == {"ray"}
     assert '--user ray on ">$REDIS_PASSWORD"' in redis["command"][-1]
-    store = _config(manifests).serve.store
-    assert store is not None
-    assert "@" not in store, "a password in the configuration"
+
+
+def test_redis_lets_the_profile_store_do_what_it_does_and_no_more(manifests: list[Manifest], tmp_path: Path) -> None:
+    if shutil.which("redis-server") is None:
+        pytest.skip("needs the package redis-server")
+    [container] = _one(manifests, "StatefulSet", "redis")["spec"]["template"]["spec"]["containers"]
+    secrets = {one["name"]: one["valueFrom"]["secretKeyRef"]["key"] for one in container["env"]}
+    serve = _config(manifests).serve
+    for pod in _pods(manifests):
+        if any(port["name"] == "serve" for port in pod["containers"][0]["ports"]):
+            environment = {one["name"]: one for one in pod["containers"][0]["env"]}
+            reference = environment[serve.store_password_env]["valueFrom"]["secretKeyRef"]
+            assert reference == {"name": "pulse-tokens", "key": secrets["STORE_PASSWORD"]}
+    command = container["command"][-1].replace("exec ", "").replace("/data", str(tmp_path))
+    for name in secrets:
+        command = command.replace(f"${name}", f"{name}-secret")
+    port = free_port()
+    address = urlsplit(str(serve.store))._replace(netloc=f"profiles@127.0.0.1:{port}").geturl()
+    with subprocess.Popen([*shlex.split(command), "--port", str(port)], stdout=subprocess.DEVNULL) as server:
+        try:
+            store = open_store(address, "run", "STORE_PASSWORD-secret")
+            wait_for_redis(port)
+            store.put([Profile(domain="shop", user_id="u", history=())], "one")
+            store.set_mark("one")
+            assert (store.find("shop", "", 1), store.mark()) == (["u"], "one")
+            assert store.get("shop", "u") is not None
+            store.retire(())
+            assert store.get("shop", "u") is None
+            store.close()
+            nobody, profiles = (Redis(port=port, **login) for login in ({}, _login("profiles", "STORE_PASSWORD")))
+            ray = Redis(port=port, **_login("ray", "REDIS_PASSWORD"))
+            assert ray.set("RAYother", "1")
+            for who, what in ((nobody, "pulse_ray:run:mark"), (profiles, "RAYother")):
+                with pytest.raises(NoPermissionError):
+                    who.get(what)
+            with pytest.raises(NoPermissionError):
+                profiles.flushall()
+        finally:
+            server.terminate()
+
+
+def _login(user: str, variable: str) -> dict[str, Any]:
+    return {"username": user, "password": f"{variable}-secret"}
 
 
 def test_the_service_is_a_deployment_that_serve_knows(manifests: list[Manifest]) -> None:

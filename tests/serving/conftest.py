@@ -21,6 +21,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def wait_for_redis(port: int) -> None:
+    """Waits until a server on this machine answers."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            redis.Redis(port=port).ping()
+            return
+        except redis.ConnectionError:
+            assert time.monotonic() < deadline, "redis-server does not start"
+            time.sleep(0.05)
+
+
 @dataclass
 class RedisServer:
     """A server on a port of its own, which can be stopped and started again; it keeps nothing on disk."""
@@ -46,14 +58,7 @@ class RedisServer:
             str(self.folder),
         ]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 20
-        while True:
-            try:
-                redis.Redis(port=self.port).ping()
-                return
-            except redis.ConnectionError:
-                assert time.monotonic() < deadline, "redis-server does not start"
-                time.sleep(0.05)
+        wait_for_redis(self.port)
 
     def stop(self) -> None:
         if self.process is not None:

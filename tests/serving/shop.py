@@ -17,6 +17,8 @@ from tests import tiny
 
 USERS, ITEMS, PARTITIONS = 12, 30, 2
 KINDS = ("Hand Cream", "Shampoo", "Gym Towel", "Soap", "Balm", "Pet Brush")
+THOUGHTS = {"": "The customer buys care often.", "1": None, "2": "The customer looks for gifts."}
+"""The nodes of every tree; None stands for the user's own `reason`."""
 WITHOUT_REASON = 3
 """A user whose tree was rejected."""
 
@@ -57,7 +59,7 @@ def add_models(settings: Config) -> None:
     _finish(settings, "ranker", {"ranker": {}})
     vocabulary = [("shop", item["item_id"]) for item in _items()]
     Sasrec(SasrecConfig(dim=16, layers=1), vocabulary, 50).save(sasrec)
-    make_adapter(ranker / "thought_space", settings.ranker, seed=0)
+    make_adapter(ranker / settings.ranker.served(None), settings.ranker, seed=0)
 
 
 def make_adapter(folder: Path, settings: RankerConfig, *, seed: int) -> Path:
@@ -141,7 +143,7 @@ def _by_part(rows: Any) -> dict[str, list[dict[str, Any]]]:
 
 
 def _thoughts(number: int) -> list[dict[str, Any]]:
-    texts = {"": "The customer buys care often.", "1": reason(number), "2": "The customer looks for gifts."}
+    texts = {node: text or reason(number) for node, text in THOUGHTS.items()}
     return [
         {
             "example_id": f"shop/{user(number)}/4",
@@ -159,13 +161,13 @@ def _thoughts(number: int) -> list[dict[str, Any]]:
 
 
 def _reasons(number: int) -> list[dict[str, Any]]:
-    chosen = (("base", "", None), ("thought_space", "1", 0.5))
+    chosen = (("base", "", None), ("log_likelihood", "2", -1.25), ("thought_space", "1", 0.5))
     return [
         {
             "example_id": f"shop/{user(number)}/4",
             "selector": selector,
             "node_id": node,
-            "text": reason(number) if node else "The customer buys care often.",
+            "text": THOUGHTS[node] or reason(number),
             "agreement": agreement,
         }
         for selector, node, agreement in chosen
