@@ -75,6 +75,7 @@ OPERATIONAL = (
         ("ranker.training.zero_stage=3", "'ranker.training.zero_stage'", "0, 1 or 2"),
         ("evaluate.splits=[test,test]", "splits repeat", "Change"),
         ("serve.variant=base", "serve.variant is 'base', not one of ['thought_space']", "Change"),
+        ("serve.store=redis://u:secret@x/0", "a password does not belong in a configuration", "Change"),
         ("serve.store=mysql://x", "'mysql://x' begins with neither sqlite:/// nor redis://", "Change"),
         ("serve.ranker.token_bugdet=9", "unknown key 'serve.ranker.token_bugdet'", "token_budget"),
         ("tree.breadths", "override 'tree.breadths'", "--set tree.breadths=[2,2]"),
