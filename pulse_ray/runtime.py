@@ -47,6 +47,11 @@ WORKER_ENVIRONMENT = {
 there a cluster, or a job, sets them its own way."""
 
 
+def _address(config: ClusterConfig) -> str | None:
+    """Of the cluster to connect to; None starts a local one."""
+    return config.address or os.environ.get("RAY_ADDRESS")
+
+
 @contextmanager
 def cluster(config: ClusterConfig) -> Iterator[None]:
     """Connects to the configured Ray cluster, or starts a local one and ends it afterwards.
@@ -61,7 +66,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     if address is None:
         _prepare_environment()
         settings |= {
@@ -119,12 +124,28 @@ def _demands(key: str, value: Any) -> Iterator[tuple[str, PoolConfig | WorkersCo
             yield from _demands(f"{key}.{name}", getattr(value, name))
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _shared_cores(config: ClusterConfig, actors: int) -> dict[str, Any]:
+    """Ray's options for actors that work at once: on a local Ray each gets its share of this machine's cores.
+
+    Threads beyond the cores wait for each other at the end of every product. On a cluster, Ray gives an actor as many
+    threads as it takes CPUs, and a number that the environment asks for stays.
+    """
+    if _address(config) is not None or actors == 1 or os.environ.get("OMP_NUM_THREADS") != str(_cores()):
+        return {}
+    return {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, _cores() // actors))}}}
+
+
 def _prepare_environment() -> None:
     """Variables that a local Ray hands down to its workers."""
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Ray would give every actor as many threads as it takes logical CPUs; a small machine has one busy actor at a time.
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    # Where it has more, `run_shards` divides the cores among them.
+    os.environ.setdefault("OMP_NUM_THREADS", str(_cores()))
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().partition("flags")[2].partition("\n")[0].split() if cpu.exists() else []
     if "avx2" in flags and "avx512f" not in flags:
@@ -195,6 +216,7 @@ def run_shards(
         ),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
+        **_shared_cores(stage.config.cluster, min(pool.max, len(todo))),
     )
     started = time.monotonic()
     with Bar(title, len(parts), "parts") as bar:
