@@ -74,11 +74,11 @@ class Killed:
     """A job whose driver was killed with SIGKILL.
 
     `committed` names the parts that were there, with the digest and the time of change of each of their files.
-    `survivors` counts the processes that did not follow the driver and were killed after `PATIENCE_S`.
+    `survivors` are the names of the processes that did not follow the driver and were killed after `PATIENCE_S`.
     """
 
     committed: Mapping[str, tuple[str, ...]]
-    survivors: int
+    survivors: Sequence[str]
     seconds_to_follow: float
 
 
@@ -92,12 +92,13 @@ def kill(command: Command, at_parts: int) -> Killed:
     driver.wait()
     _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
     seconds = time.monotonic() - killed
+    survivors = sorted(process.name() for process in alive if process.is_running())
     for process in alive:
         process.kill()
     psutil.wait_procs(alive)
     return Killed(
         committed={part: marks(command, part) for part in command.parts()},
-        survivors=len(alive),
+        survivors=survivors,
         seconds_to_follow=round(seconds, 2),
     )
 
