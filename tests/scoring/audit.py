@@ -19,8 +19,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-PATIENCE_S = 60
-"""Time that a local Ray is given to follow its driver."""
+PATIENCE_S = 5
+"""Time that a local Ray is given to follow its driver. Its actors do so at once; two agents of Ray's, which hold
+nothing of a run's, take more than a minute."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from pulse_ray.scoring.worker import UserWorker, trained
 from tests import tiny
 from tests.serving import shop
 
-USERS, SHARD = 400, 8
+USERS, SHARD = 300, 6
 
 
 def _config(folder: Path) -> Config:
