@@ -33,6 +33,9 @@ from pulse_ray.workspace import Part, StageRun
 DEFAULT_LOGICAL_CPUS = 4
 """Least number of logical CPUs of a local Ray: with fewer, a training worker starves the data tasks beside it."""
 
+PARTS_AT_ONCE = 10_000
+"""Parts that Ray Data is handed at once. It spends about a millisecond on each before the first one starts, and some
+KiB of the driver's memory; the actors start anew for the next so many."""
 
 WORKER_ENVIRONMENT = {
     # Ray would hide GPUs from an actor that asks for none; vLLM and DeepSpeed decide for themselves.
@@ -205,29 +208,39 @@ def run_shards(
     totals: Counter[str] = Counter()
     if not todo:
         return {}
-    data = ray.data.from_items([{"part": part} for part in todo], override_num_blocks=len(todo)).map(
+    started = time.monotonic()
+    with Bar(title, len(parts), "parts") as bar:
+        bar.skip(len(parts) - len(todo))
+        for start in range(0, len(todo), PARTS_AT_ONCE):
+            committer = (stage, outputs, worker, args)
+            made = _through_pool(todo[start : start + PARTS_AT_ONCE], committer, stage.config.cluster, pool, in_flight)
+            for row in made.iter_rows():
+                if row["error"] is not None:
+                    raise from_values(row["error"])
+                totals.update(dict(zip(row["names"], row["values"], strict=True)))
+                elapsed = time.monotonic() - started
+                bar.advance(1, {f"{name}/s": f"{value / elapsed:,.1f}" for name, value in totals.items()})
+    return dict(totals)
+
+
+def _through_pool(
+    parts: Sequence[Part], committer: tuple[Any, ...], config: ClusterConfig, pool: PoolConfig, in_flight: int
+) -> ray.data.Dataset:
+    """The parts through actors that each hold a `_Committer`. They start when the rows are asked for."""
+    most = min(pool.max, len(parts))
+    return ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map(
         _Committer,
-        fn_constructor_args=(stage, outputs, worker, args),
+        fn_constructor_args=committer,
         compute=ray.data.ActorPoolStrategy(
-            min_size=min(pool.min, len(todo)),
-            max_size=min(pool.max, len(todo)),
+            min_size=min(pool.min, most),
+            max_size=most,
             max_tasks_in_flight_per_actor=in_flight,
             max_concurrent_calls_per_actor=in_flight,
         ),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
-        **_shared_cores(stage.config.cluster, min(pool.max, len(todo))),
+        **_shared_cores(config, most),
     )
-    started = time.monotonic()
-    with Bar(title, len(parts), "parts") as bar:
-        bar.skip(len(parts) - len(todo))
-        for row in data.iter_rows():
-            if row["error"] is not None:
-                raise from_values(row["error"])
-            totals.update(dict(zip(row["names"], row["values"], strict=True)))
-            elapsed = time.monotonic() - started
-            bar.advance(1, {f"{name}/s": f"{value / elapsed:,.1f}" for name, value in totals.items()})
-    return dict(totals)
 
 
 class _Committer:
