@@ -33,6 +33,9 @@ from pulse_ray.workspace import Part, StageRun
 DEFAULT_LOGICAL_CPUS = 4
 """Least number of logical CPUs of a local Ray: with fewer, a training worker starves the data tasks beside it."""
 
+PARTS_AT_ONCE = 10_000
+"""Parts that Ray Data is handed at once. It spends about a millisecond on each before the first one starts, and some
+KiB of the driver's memory; the actors start anew for the next so many."""
 
 WORKER_ENVIRONMENT = {
     # Ray would hide GPUs from an actor that asks for none; vLLM and DeepSpeed decide for themselves.
@@ -45,6 +48,11 @@ WORKER_ENVIRONMENT = {
 }
 """What the processes of a run need in their environment on any machine. What the driver's environment says comes first:
 there a cluster, or a job, sets them its own way."""
+
+
+def _address(config: ClusterConfig) -> str | None:
+    """Of the cluster to connect to; None starts a local one."""
+    return config.address or os.environ.get("RAY_ADDRESS")
 
 
 @contextmanager
@@ -61,7 +69,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         yield
         return
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     if address is None:
         _prepare_environment()
         settings |= {
@@ -119,12 +127,28 @@ def _demands(key: str, value: Any) -> Iterator[tuple[str, PoolConfig | WorkersCo
             yield from _demands(f"{key}.{name}", getattr(value, name))
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _shared_cores(config: ClusterConfig, actors: int) -> dict[str, Any]:
+    """Ray's options for actors that work at once: on a local Ray each gets its share of this machine's cores.
+
+    Threads beyond the cores wait for each other at the end of every product. On a cluster, Ray gives an actor as many
+    threads as it takes CPUs, and a number that the environment asks for stays.
+    """
+    if _address(config) is not None or actors == 1 or os.environ.get("OMP_NUM_THREADS") != str(_cores()):
+        return {}
+    return {"runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(max(1, _cores() // actors))}}}
+
+
 def _prepare_environment() -> None:
     """Variables that a local Ray hands down to its workers."""
     for name, value in WORKER_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # Ray would give every actor as many threads as it takes logical CPUs; a small machine has one busy actor at a time.
-    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    # Where it has more, `run_shards` divides the cores among them.
+    os.environ.setdefault("OMP_NUM_THREADS", str(_cores()))
     cpu = Path("/proc/cpuinfo")
     flags = cpu.read_text().partition("flags")[2].partition("\n")[0].split() if cpu.exists() else []
     if "avx2" in flags and "avx512f" not in flags:
@@ -184,28 +208,39 @@ def run_shards(
     totals: Counter[str] = Counter()
     if not todo:
         return {}
-    data = ray.data.from_items([{"part": part} for part in todo], override_num_blocks=len(todo)).map(
+    started = time.monotonic()
+    with Bar(title, len(parts), "parts") as bar:
+        bar.skip(len(parts) - len(todo))
+        for start in range(0, len(todo), PARTS_AT_ONCE):
+            committer = (stage, outputs, worker, args)
+            made = _through_pool(todo[start : start + PARTS_AT_ONCE], committer, stage.config.cluster, pool, in_flight)
+            for row in made.iter_rows():
+                if row["error"] is not None:
+                    raise from_values(row["error"])
+                totals.update(dict(zip(row["names"], row["values"], strict=True)))
+                elapsed = time.monotonic() - started
+                bar.advance(1, {f"{name}/s": f"{value / elapsed:,.1f}" for name, value in totals.items()})
+    return dict(totals)
+
+
+def _through_pool(
+    parts: Sequence[Part], committer: tuple[Any, ...], config: ClusterConfig, pool: PoolConfig, in_flight: int
+) -> ray.data.Dataset:
+    """The parts through actors that each hold a `_Committer`. They start when the rows are asked for."""
+    most = min(pool.max, len(parts))
+    return ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map(
         _Committer,
-        fn_constructor_args=(stage, outputs, worker, args),
+        fn_constructor_args=committer,
         compute=ray.data.ActorPoolStrategy(
-            min_size=min(pool.min, len(todo)),
-            max_size=min(pool.max, len(todo)),
+            min_size=min(pool.min, most),
+            max_size=most,
             max_tasks_in_flight_per_actor=in_flight,
             max_concurrent_calls_per_actor=in_flight,
         ),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus or None,
+        **_shared_cores(config, most),
     )
-    started = time.monotonic()
-    with Bar(title, len(parts), "parts") as bar:
-        bar.skip(len(parts) - len(todo))
-        for row in data.iter_rows():
-            if row["error"] is not None:
-                raise from_values(row["error"])
-            totals.update(dict(zip(row["names"], row["values"], strict=True)))
-            elapsed = time.monotonic() - started
-            bar.advance(1, {f"{name}/s": f"{value / elapsed:,.1f}" for name, value in totals.items()})
-    return dict(totals)
 
 
 class _Committer:

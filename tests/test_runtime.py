@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import pytest
 from ray import cloudpickle
 from shops import example, stage
 
+from pulse_ray import runtime
 from pulse_ray.config import PoolConfig, load
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.runtime import ShardOutput, check_resources, run_shards
+from pulse_ray.schema import Reject, table
 from pulse_ray.workspace import Part
 
 # Ray's workers cannot import the tests.
@@ -35,6 +38,37 @@ def test_an_error_of_a_workers_constructor_reaches_the_caller(tmp_path: Path) ->
     run = stage("tree", tmp_path, {"train-0000-0000": [example()]}, {})
     with pytest.raises(ArtifactError, match=r"the model is gone\. Bring it back"):
         run_shards(run, ["train-0000-0000"], Unbuildable, pool=PoolConfig(), title="test")
+
+
+class Rejecting:
+    """A worker that sets aside the one example of each part."""
+
+    def __call__(self, part: Part) -> ShardOutput:
+        return ShardOutput(
+            tables={"thoughts": table("thoughts", [])},
+            examples=1,
+            rejects=[Reject(key=part, reason=os.environ["OMP_NUM_THREADS"])],
+        )
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_parts_than_ray_is_handed_at_once_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "PARTS_AT_ONCE", 2)
+    parts = [f"train-0000-{number:04d}" for number in range(5)]
+    run = stage("tree", tmp_path, {}, {})
+    assert run_shards(run, parts, Rejecting, pool=PoolConfig(), title="test") == {"examples": 5}
+    assert run.output("thoughts").parts() == run.rejects.parts() == parts
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_actors_of_a_local_ray_share_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setenv("OMP_NUM_THREADS", str(cores))
+    parts = ["train-0000-0000", "train-0000-0001"]
+    for actors, threads in ((1, cores), (2, max(1, cores // 2))):
+        run = stage("tree", tmp_path / str(actors), {}, {})
+        run_shards(run, parts, Rejecting, pool=PoolConfig(min=actors, max=actors), title="test")
+        assert run.rejected() == {str(threads): 2}
 
 
 @pytest.mark.usefixtures("ray_cluster")

@@ -173,4 +173,7 @@ def load(folder: Path, config: RankerConfig) -> PackedRanker:
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     model = base_model(config.model, dtype)
     adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
+    if dtype == torch.float32:
+        # One product for each projection instead of three. In bf16 the sum would be rounded, and the logits with it.
+        adapted.merge_adapter()
     return PackedRanker(adapted.to(dtype)).to("cuda" if cuda else "cpu").eval()

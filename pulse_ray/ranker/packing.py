@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from pulse_ray.schema import Item
 from pulse_ray.text import control_tokens, history_text, neutralise
 
 PROMPT, PAD = 0, -1
+REMEMBERED = 65_536
+"""Candidates, and lines of histories, whose tokens an encoder remembers: some 60 MB at most."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,13 +132,16 @@ class PromptEncoder:
         self.tokenizer, self.config = tokenizer, config
         self.special = control_tokens(tokenizer)
         self.pad_token: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        # Many users share items; lines with reviews and items of a large catalogue are kept only as far as they fit.
+        self._candidate = lru_cache(REMEMBERED)(self._encode_candidate)
+        self._line_tokens = lru_cache(REMEMBERED)(self.count)
 
     def prompt_text(self, row: RankRow, items: Mapping[str, Item]) -> str:
         """All that stands before a candidate, chat template applied."""
         shown = history_text(
             row.history,
             items,
-            count=self.count,
+            count=self._line_tokens,
             max_tokens=self.config.text.history_tokens,
             review_words=self.config.text.review_words,
             special_tokens=self.special,
@@ -150,14 +155,12 @@ class PromptEncoder:
 
     def candidate_text(self, item: Item) -> str:
         """One candidate, cut to its budget."""
-        return answer(self.clip(neutralise(item.text, self.special), self.config.candidate_tokens))
+        return answer(self._clipped(item.text))
 
     def encode(self, row: RankRow, items: Mapping[str, Item]) -> TokenRow:
         """The tokens of a row. A prompt above `max_tokens` loses its oldest tokens: the budgets leave room for it."""
         prompt = self._ids(self.prompt_text(row, items), begin=True)[-self.config.max_tokens :]
-        return TokenRow(
-            prompt=prompt, candidates=[self._ids(self.candidate_text(item), begin=False) for item in row.candidates]
-        )
+        return TokenRow(prompt=prompt, candidates=[self._candidate(item.text) for item in row.candidates])
 
     def count(self, text: str) -> int:
         """Tokens of a text."""
@@ -168,6 +171,12 @@ class PromptEncoder:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
         return text if len(offsets) <= tokens else text[: offsets[tokens - 1][1]]
+
+    def _clipped(self, text: str) -> str:
+        return self.clip(neutralise(text, self.special), self.config.candidate_tokens)
+
+    def _encode_candidate(self, text: str) -> list[int]:
+        return self._ids(answer(self._clipped(text)), begin=False)
 
     def _ids(self, text: str, *, begin: bool) -> list[int]:
         # A chat template writes the beginning-of-sequence token itself.

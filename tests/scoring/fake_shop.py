@@ -1,10 +1,10 @@
-"""A finished run, made by hand, with two domains: what `pulse-ray score` reads, and a ranker without weights."""
+"""A finished run, made by hand: what `pulse-ray score` reads, and a ranker without weights. By default, two domains."""
 
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,45 +51,67 @@ def config(storage: Path, **score: Any) -> Config:
     )
 
 
-def make(settings: Config) -> Config:
-    """Writes items, SASRec, reasons and rankers, all marked as complete."""
+CATALOGUE = [
+    (domain, f"{domain[0]}{number}", f"Item {domain[0]}{number}")
+    for domain in ("shop", "pantry")
+    for number in range(ITEMS)
+]
+"""Domain, id and title of every item."""
+
+REASONS = (
+    ("shop/ann/3", "thought_space", "an older one"),
+    ("shop/ann/12", "thought_space", "They want Item s7."),
+    ("shop/ann/12", "base", "not the one"),
+    ("shop/b/ob/2", "thought_space", "They want Item s9."),
+)
+"""Example, selector and text."""
+
+
+def make_nameplate(folder: Path, settings: RankerConfig) -> None:
+    """What `NoiseScorer` takes for an adapter."""
+    folder.mkdir(parents=True)
+    (folder / "training.json").write_text(json.dumps({"variant": folder.name}))
+
+
+def make(
+    settings: Config,
+    catalogue: Sequence[tuple[str, str, str]] = CATALOGUE,
+    reasons: Sequence[tuple[str, str, str]] = REASONS,
+    make_adapter: Callable[[Path, RankerConfig], object] = make_nameplate,
+) -> Config:
+    """Writes items, SASRec, reasons and rankers, all marked as complete.
+
+    Args:
+        catalogue: as `CATALOGUE`.
+        reasons: as `REASONS`.
+        make_adapter: writes a variant's adapter into a folder.
+    """
     runs = pipeline.plan(settings)
+    for run in runs.values():
+        run.begin()
     items = [
         {
             "domain": domain,
-            "item_id": f"{domain[0]}{number}",
-            "title": f"Item {domain[0]}{number}",
+            "item_id": item_id,
+            "title": title,
             "description": "",
             "brand": "",
             "categories": [],
-            "text": f"Item {domain[0]}{number}",
+            "text": title,
             "popularity": number,
         }
-        for domain in ("shop", "pantry")
-        for number in range(ITEMS)
+        for number, (domain, item_id, title) in enumerate(catalogue)
     ]
-    reasons = [
-        {"example_id": f"{user}/{position}", "selector": selector, "node_id": "1", "text": text, "agreement": None}
-        for user, position, selector, text in (
-            ("shop/ann", 3, "thought_space", "an older one"),
-            ("shop/ann", 12, "thought_space", "They want Item s7."),
-            ("shop/ann", 12, "base", "not the one"),
-            ("shop/b/ob", 2, "thought_space", "They want Item s9."),
-        )
-    ]
-    for run in runs.values():
-        run.begin()
     runs["prepare"].output("items").write("all", table("items", items))
-    for number, row in enumerate(reasons):
+    for number, (example, selector, text) in enumerate(reasons):
+        row = {"example_id": example, "selector": selector, "node_id": "1", "text": text, "agreement": None}
         runs["select"].output("reasons").write(f"test-{number:04d}-0000", table("reasons", [row]))
     for variant in settings.ranker.variants:
-        runs["ranker"].output("ranker").write_bytes(
-            f"{variant}/training.json", json.dumps({"variant": variant}).encode()
-        )
-    sasrec = Path(runs["candidates"].output("sasrec").path)
+        make_adapter(Path(runs["ranker"].output("ranker").path) / variant, settings.ranker)
     torch.manual_seed(0)
-    vocabulary = [(row["domain"], row["item_id"]) for row in items]
-    Sasrec(settings.candidates.sasrec, vocabulary, settings.prepare.max_sequence).save(sasrec)
+    vocabulary = [(domain, item_id) for domain, item_id, _ in catalogue]
+    sasrec = Sasrec(settings.candidates.sasrec, vocabulary, settings.prepare.max_sequence)
+    sasrec.save(Path(runs["candidates"].output("sasrec").path))
     for run in runs.values():
         run.complete(1.0)
     return settings

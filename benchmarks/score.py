@@ -1,0 +1,237 @@
+"""`pulse-ray score` on 50,546 users with a tiny ranker: users per second, the driver's memory, and a `kill -9`.
+
+    python -m benchmarks.score            # all users: about 20 minutes on two cores
+    python -m benchmarks.score --quick    # a few thousand: some minutes
+
+The users are Amazon Video Games' (2018, 5-core) from ../shared/data where that is there, else drawn: as many, with
+histories as long. The newest item of each is held out and ranked among nine others that the user never touched. The
+real command runs in a process of its own, with one actor, with two, and with two and a `kill -9` at a random moment,
+after which the same command finishes. Last, users without candidates have them retrieved by SASRec.
+
+Rates count the time from the first part that is committed to the last; `wall_s` is the whole command with Ray's start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks._report import report
+from pulse_ray.config import Config
+from tests import tiny
+from tests.scoring import audit, fake_shop
+from tests.serving import shop
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "sequences"
+USERS, ITEMS = 50_546, 16_859
+SHORTEST, LONGEST, MEAN_LENGTH = 5, 50, 8.71
+CANDIDATES, RETRIEVED = 10, 20
+SHARD_USERS = 128
+SEED = 17
+INTERVAL_S = 0.5
+SETTLED = 0.1
+"""The driver's memory is compared with what it was when this share of the parts was committed."""
+GROWTH = 1.1
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The driver at one moment: parts that are committed, and its memory in bytes, all and what it shares with none."""
+
+    parts: int
+    rss: int
+    uss: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One undisturbed run of the command."""
+
+    wall_s: float
+    users_per_s: float
+    samples: Sequence[Sample]
+
+
+def sequences(rng: np.random.Generator) -> tuple[str, list[tuple[str, str]], list[tuple[str, list[str]]]]:
+    """Where they come from, items with their titles, and users with their items, oldest first."""
+    if DATA.is_dir():
+        items = [(row["item_id"], row["title"]) for row in _lines("video_games.items.jsonl.gz")]
+        return (
+            "Video Games",
+            items,
+            [(row["user_id"], row["items"]) for row in _lines("video_games.sequences.jsonl.gz")],
+        )
+    print("No ../shared/data here: users are drawn at random", file=sys.stderr)
+    words = [f"{front}{back}" for front in ("Star", "Moon", "Iron", "Zel", "Ko") for back in ("craft", "ring", "dor")]
+    items = [(str(item), f"{' '.join(rng.choice(words, 4))} {item}") for item in range(ITEMS)]
+    lengths = np.minimum(SHORTEST - 1 + rng.geometric(1 / (MEAN_LENGTH - SHORTEST + 1), USERS), LONGEST)
+    return "synthetic", items, [(str(user), _draw(rng, n)) for user, n in enumerate(lengths)]
+
+
+def _draw(rng: np.random.Generator, count: int, without: Sequence[str] = ()) -> list[str]:
+    """Ids of so many distinct items."""
+    found = dict.fromkeys(str(item) for item in rng.integers(ITEMS, size=3 * count))
+    return [item for item in found if item not in without][:count]
+
+
+def _lines(name: str) -> list[dict[str, Any]]:
+    with gzip.open(DATA / name, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_users(path: Path, users: Sequence[tuple[str, list[str]]], rng: np.random.Generator | None) -> Path:
+    """The input of the command; with a generator, each user's newest item goes among random ones that are ranked."""
+    rows: list[dict[str, Any]] = [{"user_id": user, "history": items[:-1]} for user, items in users]
+    if rng is not None:
+        for row, (_, items) in zip(rows, users, strict=True):
+            candidates = [items[-1], *_draw(rng, CANDIDATES - 1, without=items)]
+            row["candidates"] = [str(item) for item in rng.permutation(candidates)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+def finished_run(folder: Path, items: Sequence[tuple[str, str]]) -> Path:
+    """The configuration of a run with this catalogue; its ranker and its SASRec are tiny and untrained."""
+    config = Config.model_validate(
+        {
+            "name": "run",
+            "storage": str(folder / "runs"),
+            "prepare": {"domains": [{"name": "games", "source": {"kind": "synthetic"}}]},
+            "candidates": {"sasrec": {"dim": 64, "layers": 1}},
+            "ranker": {
+                "model": str(tiny.make(folder / "tiny")),
+                "variants": ["thought_space"],
+                "training": {"precision": "fp32"},
+            },
+            "score": {"shard_users": SHARD_USERS, "retrieve_k": RETRIEVED},
+        }
+    )
+    catalogue = [("games", item, title) for item, title in items]
+    fake_shop.make(config, catalogue, (), lambda path, settings: shop.make_adapter(path, settings, seed=0))
+    (folder / "run.json").write_text(config.to_json())
+    return folder / "run.json"
+
+
+def command(config: Path, users: Path, name: str, actors: int) -> audit.Command:
+    """The command with so many actors, its output beside the input."""
+    pool = json.dumps({"min": actors, "max": actors})
+    return audit.Command(config=config, users=users, output=users.parent / name, settings=[f"score.pool={pool}"])
+
+
+def measure(job: audit.Command) -> Measured:
+    """Runs the command to its end, and looks at its driver's memory now and then."""
+    samples: list[Sample] = []
+
+    def sample(driver: psutil.Process) -> bool:
+        try:
+            memory = driver.memory_full_info()
+        except psutil.Error:  # It has just ended.
+            return False
+        samples.append(Sample(parts=len(job.parts()), rss=memory.rss, uss=memory.uss))
+        return False
+
+    started = time.monotonic()
+    assert job.until(sample, INTERVAL_S).wait() == 0, job.log.read_text()
+    wall_s = time.monotonic() - started
+    files = sorted((job.output / "recommendations").glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns)
+    rows = sum(pq.ParquetFile(file).metadata.num_rows for file in files[1:])
+    seconds = (files[-1].stat().st_mtime_ns - files[0].stat().st_mtime_ns) / 1e9
+    rate = rows / seconds
+    print(f"{job.output.name}: {rate:.1f} users/s, {wall_s:.0f} s in all", file=sys.stderr, flush=True)
+    return Measured(wall_s=round(wall_s, 1), users_per_s=round(rate, 1), samples=samples)
+
+
+def memory(samples: Sequence[Sample], parts: int) -> dict[str, float]:
+    """How the driver's memory went, in MiB, from when a tenth of the parts was there; of several samples the median."""
+    settled = [sample for sample in samples if SETTLED * parts <= sample.parts < parts]
+    users = [sample.parts * SHARD_USERS for sample in settled]
+    found = {}
+    for kind in ("rss", "uss"):
+        values = np.array([getattr(sample, kind) / 2**20 for sample in settled])
+        found |= {
+            f"{kind}_begin_mib": float(np.median(values[:5])),
+            f"{kind}_end_mib": float(np.median(values[-5:])),
+            f"{kind}_peak_mib": float(values.max()),
+            f"{kind}_mib_per_10000_users": float(np.polyfit(users, values, 1)[0]) * 10_000,
+        }
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def main() -> int:
+    """Runs the benchmark and prints its report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer users; the figures are rough")
+    quick = parser.parse_args().quick
+    rng = np.random.default_rng(SEED)
+    source, items, everyone = sequences(rng)
+    everyone = everyone[:5_000] if quick else everyone
+    without = everyone[: 500 if quick else 5_000]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        config = finished_run(folder, items)
+        users = write_users(folder / "users.parquet", everyone, rng)
+        bare = write_users(folder / "bare.parquet", without, None)
+        one_job, two_jobs = (command(config, users, f"actors-{count}", count) for count in (1, 2))
+        one, two = measure(one_job), measure(two_jobs)
+        retrieved = measure(command(config, bare, "retrieved", 1))
+        parts = len(one_job.parts())
+        at_parts = int(rng.integers(int(0.2 * parts), int(0.8 * parts)))
+        disturbed = command(config, users, "killed", 2)
+        killed = audit.kill(disturbed, at_parts)
+        print(f"killed: {len(killed.committed)} of {parts} parts were committed", file=sys.stderr, flush=True)
+        disturbed.finish()
+        changed = sum(audit.marks(disturbed, part) != found for part, found in killed.committed.items())
+        once = all(map(audit.each_once, (one_job, two_jobs, disturbed)))
+        difference = max(audit.difference(job, one_job) for job in (two_jobs, disturbed))
+    held = {"1": memory(one.samples, parts), "2": memory(two.samples, parts)}
+    growth = max(one_held["rss_end_mib"] / one_held["rss_begin_mib"] for one_held in held.values())
+    figures = {
+        "users": len(everyone),
+        "source": source,
+        "candidates": CANDIDATES,
+        "parts": parts,
+        "seed": SEED,
+        "users_per_s": {"1": one.users_per_s, "2": two.users_per_s},
+        "wall_s": {"1": one.wall_s, "2": two.wall_s},
+        "two_actors_over_one": round(two.users_per_s / one.users_per_s, 2),
+        "retrieval": {
+            "users": len(without),
+            "items": len(items),
+            "candidates": RETRIEVED,
+            "users_per_s": retrieved.users_per_s,
+            "wall_s": retrieved.wall_s,
+        },
+        "driver_memory": held,
+        "kill": {
+            "parts_committed": len(killed.committed),
+            "seconds_until_ray_had_followed": killed.seconds_to_follow,
+            "processes_that_stayed": killed.survivors,
+        },
+    }
+    bars = {
+        "driver_memory_growth": {"value": round(growth, 3), "bar": f"at most {GROWTH}", "holds": growth <= GROWTH},
+        "each_user_once": {"value": int(once), "bar": "1", "holds": once},
+        "committed_parts_changed": {"value": changed, "bar": "0", "holds": changed == 0},
+        "logit_difference": {"value": difference, "bar": f"at most {TOLERANCE}", "holds": difference <= TOLERANCE},
+    }
+    return report("score", figures, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
