@@ -239,16 +239,22 @@ function showHistory(steps) {
   show("history-section", steps.length > 0);
 }
 
+function wait(waiting) {
+  at("go").disabled = waiting;
+  at("go").textContent = waiting ? "Ranking…" : "Rank";
+  at("answer").setAttribute("aria-busy", String(waiting));
+}
+
 async function rank() {
-  const turn = ++asked;
   const byUser = document.querySelector("input[name=mode]:checked").value === "user";
   user = at("user").value.trim();
   if (byUser ? !user : !typed.length) {
     complain(new Error(byUser ? "choose a user first" : "add an item first"));
     return;
   }
+  const turn = ++asked;
   show("problem", false);
-  at("go").disabled = true;
+  wait(true);
   const body = byUser ? { user_id: user } : {
     history: typed.map((entry) => ({ item_id: entry.item_id, rating: entry.rating })),
   };
@@ -269,7 +275,7 @@ async function rank() {
       complain(error);
     }
   } finally {
-    at("go").disabled = false;
+    if (turn === asked) wait(false);
   }
 }
 
