@@ -345,7 +345,10 @@ class RankingConfig(DeploymentConfig):
 
     adapter: str | None = Field(None, description="folder or URI of another adapter than the run's, to roll out")
     token_budget: Count = Field(4096, description="packed tokens of the requests that go together")
-    batch_wait_s: Annotated[float, Field(ge=0)] = Field(0.01, description="wait for company after the first request")
+    batch_wait_s: Annotated[float, Field(ge=0)] = Field(0.01, description="a batch that is not full waits for company")
+    max_wait_s: Annotated[float, Field(ge=0)] = Field(
+        2, description="a request whose turn would come later is refused, as one above max_ongoing_requests would be"
+    )
 
 
 class ReasonerConfig(DeploymentConfig):

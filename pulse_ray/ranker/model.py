@@ -172,5 +172,7 @@ def load(folder: Path, config: RankerConfig) -> PackedRanker:
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     model = base_model(config.model, dtype)
-    adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-    return PackedRanker(adapted.to(dtype)).to("cuda" if cuda else "cpu").eval()
+    adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False).to(dtype)
+    if dtype == torch.float32:
+        adapted.merge_adapter()  # In bf16 the sum would round most of the adapter away.
+    return PackedRanker(adapted).to("cuda" if cuda else "cpu").eval()

@@ -32,6 +32,7 @@ from pulse_ray.runtime import cluster
 from pulse_ray.schema import History
 from pulse_ray.serving import api, guard
 from pulse_ray.serving.backend import BusyError, UnavailableError
+from pulse_ray.serving.batches import Batches
 from pulse_ray.serving.filling import fill, finished, store_address, variant_of
 from pulse_ray.serving.recommender import Recommender, Services
 from pulse_ray.serving.store import Found, StoreDownError, open_store
@@ -64,13 +65,11 @@ class Encoded:
     """A row on its way to the model. It is scored by the very model that was current when it came."""
 
     tokens: TokenRow
-    size: int
-    """Packed tokens, or the budget where that is less: Serve refuses what no batch can hold."""
     loaded: Loaded
 
 
 class Ranker:
-    """Scores rows; those that come together go together, as far as the token budget reaches.
+    """Scores rows; those that wait together go together, as far as the token budget reaches.
 
     A new adapter comes by `user_config`. It is loaded beside the one that ranks, and takes over when it is ready: Serve
     keeps requests from a replica while it reconfigures, so `reconfigure` itself must not wait for the load.
@@ -82,20 +81,23 @@ class Ranker:
         self.items = catalogue.load(self.workspace.artefact("items"))
         self._loaded: Loaded | None = None
         self._loading: asyncio.Task[None] | None = None
-        # One thread each: a tokenizer cannot be shared, and two forward passes would only share the cores.
-        self._encoding, self._forward = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
-        self._batched = serve.batch(
-            max_batch_size=self.section.token_budget,
-            batch_wait_timeout_s=self.section.batch_wait_s,
-            batch_size_fn=lambda rows: sum(row.size for row in rows),
-        )(self._together)
+        # One thread, as a tokenizer cannot be shared. The model has another: two passes would only share the cores.
+        self._encoding = ThreadPoolExecutor(1)
+        self._batches: Batches[Encoded, list[float]] = Batches(
+            self._score,
+            budget=self.section.token_budget,
+            company_s=self.section.batch_wait_s,
+            max_wait_s=self.section.max_wait_s,
+        )
 
     async def reconfigure(self, user_config: Mapping[str, Any]) -> None:
         """Loads the adapter that `user_config["adapter"]` names; None is the run's own. Waits for the first alone."""
         if self._loading is not None:
             self._loading.cancel()
         if self._loaded is None:
-            self._loaded = await asyncio.to_thread(self._load, user_config["adapter"])
+            loaded = await asyncio.to_thread(self._load, user_config["adapter"])
+            await self._warm_up(loaded)
+            self._loaded = loaded
         else:
             self._loading = asyncio.create_task(self._replace(user_config["adapter"]))
 
@@ -103,17 +105,32 @@ class Ranker:
         """Of the model that ranks now."""
         return self._current().version
 
-    async def rank(self, row: RankRow) -> tuple[list[float], str]:
-        """One logit for each candidate, and the version of the model."""
+    async def rank(self, row: RankRow, companions: int = 0) -> tuple[list[float], str] | None:
+        """One logit for each candidate, and the version of the model; None where too many rows wait already.
+
+        Args:
+            companions: rows of the same request that were sent before this one.
+        """
         loaded = self._current()
         loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(self._encoding, loaded.scorer.encode, row)
-        size = min(tokens.packed_length, self.section.token_budget)
-        scored: list[float] = await self._batched(Encoded(tokens=tokens, size=size, loaded=loaded))
-        return scored, loaded.version
+        try:
+            with self._batches.admitted(companions):
+                tokens = await loop.run_in_executor(self._encoding, loaded.scorer.encode, row)
+                encoded = Encoded(tokens=tokens, loaded=loaded)
+                return await self._batches.answer(encoded, tokens.packed_length), loaded.version
+        except BusyError:
+            return None  # Serve would log an exception with its whole stack, and this one is no news.
 
-    async def _together(self, rows: list[Encoded]) -> list[list[float]]:
-        return await asyncio.get_running_loop().run_in_executor(self._forward, self._score, rows)
+    async def _warm_up(self, loaded: Loaded) -> None:
+        """Two passes over a long row: the first takes longer than any later one, and the second tells a row's time."""
+        from pulse_ray.ranker.packing import TokenRow
+
+        section, token = self.config.ranker, loaded.scorer.encoder.pad_token
+        candidate = [token] * section.candidate_tokens
+        tokens = TokenRow(prompt=[token] * section.max_tokens, candidates=[candidate] * self.config.serve.retrieve_k)
+        for _ in range(2):
+            self._batches.row_s = None
+            await self._batches.answer(Encoded(tokens=tokens, loaded=loaded), tokens.packed_length)
 
     def _score(self, rows: Sequence[Encoded]) -> list[list[float]]:
         scored: dict[int, list[float]] = {}
@@ -218,7 +235,7 @@ class Ingress:
             open_store(store_address(config), config.name),
             Services(
                 retrieve=_service(retriever.retrieve, "the retriever"),
-                rank=_service(ranker.rank, "the ranker"),
+                rank=_ranking(ranker),
                 reason=_service(reasoner.reason, "the reasoner") if reasoner is not None else None,
                 version=_service(ranker.version, "the ranker"),
             ),
@@ -242,6 +259,19 @@ def _service(method: Any, name: str) -> Callable[..., Awaitable[Any]]:
                 raise
 
     return ask
+
+
+def _ranking(ranker: DeploymentHandle[Any]) -> Callable[[RankRow, int], Awaitable[tuple[list[float], str]]]:
+    """`Ranker.rank`, with a refusal in place of None."""
+    ask = _service(ranker.rank, "the ranker")
+
+    async def rank(row: RankRow, companions: int) -> tuple[list[float], str]:
+        found: tuple[list[float], str] | None = await ask(row, companions)
+        if found is None:
+            raise BusyError("too many requests wait for the ranker")
+        return found
+
+    return rank
 
 
 @asynccontextmanager
