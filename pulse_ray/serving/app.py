@@ -285,8 +285,11 @@ async def _refusals(name: str) -> AsyncIterator[None]:
         raise UnavailableError(f"{name} does not answer") from error
 
 
-def application(config: Config) -> serve.Application:
+def application(config: Config, ranker_class: type[Ranker] = Ranker) -> serve.Application:
     """The deployments of a configuration, bound to each other.
+
+    Args:
+        ranker_class: what ranks; another one is measured against ours.
 
     Raises:
         ArtifactError: the run lacks something that serving needs.
@@ -299,7 +302,7 @@ def application(config: Config) -> serve.Application:
     models.resolve(config.ranker.model)
     retriever = _deployment(Retriever, section.retriever, section.retry_after_s).bind(config)
     ranker = _deployment(
-        Ranker, section.ranker, section.retry_after_s, user_config={"adapter": section.ranker.adapter}
+        ranker_class, section.ranker, section.retry_after_s, user_config={"adapter": section.ranker.adapter}
     ).bind(config)
     reasoner = None
     if section.reasoner.enabled:
@@ -361,8 +364,11 @@ def fill_store(config: Config) -> int:
 
 
 @contextmanager
-def serving(config: Config) -> Iterator[str]:
+def serving(config: Config, ranker_class: type[Ranker] = Ranker) -> Iterator[str]:
     """Serves a configuration until the context ends. Yields the address.
+
+    Args:
+        ranker_class: as for `application`.
 
     Raises:
         ConfigError: another host without tokens, or the port is taken.
@@ -371,7 +377,7 @@ def serving(config: Config) -> Iterator[str]:
     section = config.serve
     guard.check_host(section.host, guard.token_digests(section))
     _check_port(section.host, section.port)
-    app = application(config)
+    app = application(config, ranker_class)
     with cluster(config.cluster):
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         try:
