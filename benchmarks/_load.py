@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -107,7 +107,8 @@ def open_(load: Load, address: str, bodies: Sequence[Any], *, rate: float, secon
 
     async def loop(ask: _Ask) -> None:
         gaps = np.random.default_rng(seed).exponential(1 / rate, size=int(2 * rate * seconds) + 10)
-        start, asked = time.perf_counter(), []
+        start = time.perf_counter()
+        asked: list[asyncio.Task[float]] = []
         for at in np.cumsum(gaps):
             if at > seconds:
                 break
@@ -119,7 +120,7 @@ def open_(load: Load, address: str, bodies: Sequence[Any], *, rate: float, secon
     asyncio.run(_measured(load, address, bodies, loop))
 
 
-_Ask = Callable[[], Awaitable[float]]
+_Ask = Callable[[], Coroutine[Any, Any, float]]
 """Sends a request; returns the seconds after which the server wants to see its client again."""
 
 

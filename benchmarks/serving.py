@@ -145,7 +145,8 @@ def _peer(
     from benchmarks._load import HANG_S, Load, closed
     from pulse_ray.serving.app import serving
 
-    patient = config.serve.model_copy(update={"timeout_s": HANG_S, "port": _free_port()})
+    # Its slow passes may take their time, and `retrieve_k` tells how many candidates warm it up.
+    patient = config.serve.model_copy(update={"timeout_s": HANG_S, "port": _free_port(), "retrieve_k": 4})
     load = Load()
     _say("starting the peer")
     with serving(config.model_copy(update={"serve": patient}), ranker) as address:

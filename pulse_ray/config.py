@@ -372,7 +372,7 @@ class ServeConfig(Section):
         None,
         description="`sqlite:///path` or `redis://host:port/db`; unset: a SQLite file in the run's folder",
     )
-    retry_after_s: Count = Field(1, description="when who was refused for load may try again")
+    retry_after_s: Count = Field(2, description="when who was refused for load may try again")
     timeout_s: Annotated[float, Field(gt=0)] = Field(30, description="a request that takes longer is given up")
     ingress: DeploymentConfig = DeploymentConfig(
         replicas=PoolConfig(cpus=0.5), max_ongoing_requests=64, max_queued_requests=128, target_ongoing_requests=32

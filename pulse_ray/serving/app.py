@@ -11,6 +11,7 @@ import hashlib
 import logging
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 
 NAME = "pulse-ray"
 WEIGHTS = "adapter_model.safetensors"
+
+BUSY_S = 0.25
+"""So long after a refusal the ingress refuses by itself: a crowd that is turned away must not keep the ranker busy."""
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
@@ -262,11 +266,18 @@ def _service(method: Any, name: str) -> Callable[..., Awaitable[Any]]:
 
 
 def _ranking(ranker: DeploymentHandle[Any]) -> Callable[[RankRow, int], Awaitable[tuple[list[float], str]]]:
-    """`Ranker.rank`, with a refusal in place of None."""
+    """`Ranker.rank`, with a refusal in place of None. For a moment after one, the ranker is not even asked."""
     ask = _service(ranker.rank, "the ranker")
+    busy_until = 0.0
 
     async def rank(row: RankRow, companions: int) -> tuple[list[float], str]:
-        found: tuple[list[float], str] | None = await ask(row, companions)
+        nonlocal busy_until
+        found: tuple[list[float], str] | None = None
+        # Rows whose companions are let in already are not turned away here.
+        if companions or time.monotonic() >= busy_until:
+            found = await ask(row, companions)
+            if found is None:
+                busy_until = time.monotonic() + BUSY_S
         if found is None:
             raise BusyError("too many requests wait for the ranker")
         return found

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,8 @@ from pulse_ray.config import Config
 from pulse_ray.ranker.prompts import RankRow
 from pulse_ray.ranker.scorer import Scorer
 from pulse_ray.schema import History, Interaction
-from pulse_ray.serving.app import Encoded, Ranker
+from pulse_ray.serving.app import BUSY_S, Encoded, Ranker, _ranking
+from pulse_ray.serving.backend import BusyError
 from pulse_ray.workspace import Workspace
 from tests.serving import shop
 
@@ -122,3 +125,24 @@ def test_rows_that_would_wait_too_long_are_refused(config: Config, monkeypatch: 
     apart, together = asyncio.run(ask())
     assert apart == [False, False, True, True, True, True]
     assert not any(together)
+
+
+def test_what_the_ranker_refuses_is_refused_for_a_moment_without_asking_it(config: Config) -> None:
+    asked: list[int] = []
+
+    def remote(row: RankRow, companions: int) -> Any:
+        asked.append(companions)
+        return asyncio.sleep(0, None if asked == [0] else ([1.0], "v1"))
+
+    async def ask() -> None:
+        handle: Any = SimpleNamespace(rank=SimpleNamespace(remote=remote))
+        rank, row = _ranking(handle), _rows(config)[0]
+        for _ in range(3):
+            with pytest.raises(BusyError, match="the ranker"):
+                await rank(row, 0)
+        assert await rank(row, 1) == ([1.0], "v1")
+        await asyncio.sleep(BUSY_S)
+        assert await rank(row, 0) == ([1.0], "v1")
+
+    asyncio.run(ask())
+    assert asked == [0, 1, 0]
