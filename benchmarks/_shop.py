@@ -49,7 +49,7 @@ def make(config: Config, seed: int) -> None:
     store.close()
 
 
-def requests(seed: int, candidates: int) -> list[dict[str, Any]]:
+def requests(candidates: int, seed: int) -> list[dict[str, Any]]:
     """One request for each user: items to rank that the history does not hold."""
     shop, random = Shop(SOURCE, seed), np.random.default_rng(seed)
     items = shop.items().column("item_id").to_pylist()
@@ -76,7 +76,7 @@ def _finish(config: Config, name: str, outputs: dict[str, list[dict[str, Any]]])
 def _items(shop: Shop) -> list[dict[str, Any]]:
     rows = []
     for raw in shop.items().to_pylist():
-        text = f"{raw['title']}. {raw['brand']}. {raw['description']}"
+        text = f"{raw['title']} ({raw['brand']}), {' › '.join(raw['categories'])}"
         kept = {name: raw[name] for name in ("item_id", "title", "description", "brand", "categories")}
         rows.append({**kept, "domain": DOMAIN, "text": text, "popularity": 1})
     return rows
