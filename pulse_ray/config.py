@@ -351,7 +351,10 @@ class RankingConfig(DeploymentConfig):
 
     adapter: str | None = Field(None, description="folder or URI of another adapter than the run's, to roll out")
     token_budget: Count = Field(4096, description="packed tokens of the requests that go together")
-    batch_wait_s: Annotated[float, Field(ge=0)] = Field(0.01, description="wait for company after the first request")
+    batch_wait_s: Annotated[float, Field(ge=0)] = Field(0.01, description="a batch that is not full waits for company")
+    max_wait_s: Annotated[float, Field(ge=0)] = Field(
+        2, description="a request whose turn would come later is refused, as one above max_ongoing_requests would be"
+    )
 
 
 class ReasonerConfig(DeploymentConfig):
@@ -376,7 +379,7 @@ class ServeConfig(Section):
         description="`sqlite:///path` or `redis://user@host:port/db`; unset: a SQLite file in the run's folder",
     )
     store_password_env: str = Field("PULSE_RAY_STORE_PASSWORD", description="environment variable of Redis' password")
-    retry_after_s: Count = Field(1, description="when who was refused for load may try again")
+    retry_after_s: Count = Field(2, description="when who was refused for load may try again")
     timeout_s: Annotated[float, Field(gt=0)] = Field(30, description="a request that takes longer is given up")
     ingress: DeploymentConfig = DeploymentConfig(
         replicas=PoolConfig(cpus=0.5), max_ongoing_requests=64, max_queued_requests=128, target_ongoing_requests=32

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from pulse_ray.config import ClusterConfig
 from pulse_ray.runtime import cluster
 
 ROOT = Path(__file__).parents[1]
+
+# What a test takes on a busy machine says nothing about it.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

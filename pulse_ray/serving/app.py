@@ -11,6 +11,7 @@ import hashlib
 import logging
 import socket
 import tempfile
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -31,6 +32,7 @@ from pulse_ray.ranker.prompts import RankRow
 from pulse_ray.runtime import cluster
 from pulse_ray.schema import History
 from pulse_ray.serving import api, guard
+from pulse_ray.serving.admission import Admission
 from pulse_ray.serving.backend import BusyError, UnavailableError
 from pulse_ray.serving.filling import connect, fill, finished
 from pulse_ray.serving.recommender import Recommender, Services
@@ -48,6 +50,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 HEALTH_CHECK_PERIOD_S = 2.0
 """A replica that died is missed after so long; Serve's own ten seconds are most of what a recovery would take."""
+
+BUSY_S = 0.25
+"""So long after a refusal the ingress refuses by itself: a crowd that is turned away must not keep the ranker busy."""
 
 T = TypeVar("T")
 logger = logging.getLogger("ray.serve")
@@ -73,7 +78,7 @@ class Encoded:
 
 
 class Ranker:
-    """Scores rows; those that come together go together, as far as the token budget reaches.
+    """Scores rows; those that wait together go together, as far as the token budget reaches.
 
     A new adapter comes by `user_config`. It is loaded beside the one that ranks, and takes over when it is ready: Serve
     keeps requests from a replica while it reconfigures, so `reconfigure` itself must not wait for the load.
@@ -90,6 +95,9 @@ class Ranker:
         self._loading: asyncio.Task[None] | None = None
         # One thread each: a tokenizer cannot be shared, and two forward passes would only share the cores.
         self._encoding, self._forward = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._admission = Admission(self.section.max_wait_s)
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._batched = serve.batch(
             max_batch_size=self.section.token_budget,
             batch_wait_timeout_s=self.section.batch_wait_s,
@@ -101,7 +109,9 @@ class Ranker:
         if self._loading is not None:
             self._loading.cancel()
         if self._loaded is None:
-            self._loaded = await asyncio.to_thread(self._load, user_config["adapter"])
+            loaded = await asyncio.to_thread(self._load, user_config["adapter"])
+            await self._warm_up(loaded)
+            self._loaded = loaded
         else:
             self._loading = asyncio.create_task(self._replace(user_config["adapter"]))
 
@@ -109,17 +119,48 @@ class Ranker:
         """Of the model that ranks now."""
         return self._current().version
 
-    async def rank(self, row: RankRow) -> tuple[list[float], str]:
-        """One logit for each candidate, and the version of the model."""
+    async def rank(self, row: RankRow, companions: int = 0) -> tuple[list[float], str] | None:
+        """One logit for each candidate, and the version of the model; None where too many rows wait already.
+
+        Args:
+            companions: rows of the same request that were sent before this one.
+        """
         loaded = self._current()
         loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(self._encoding, loaded.scorer.encode, row)
-        size = min(tokens.packed_length, self.section.token_budget)
-        scored: list[float] = await self._batched(Encoded(tokens=tokens, size=size, loaded=loaded))
+        try:
+            with self._admission.place(companions):
+                tokens = await loop.run_in_executor(self._encoding, loaded.scorer.encode, row)
+                # Serve closes a batch some milliseconds after its first row, also while another one runs: many small
+                # ones would stand in line. Rows that wait here for the model go together.
+                await self._idle.wait()
+                scored: list[float] = await self._batched(self._encoded(tokens, loaded))
+        except BusyError:
+            return None  # Serve would log an exception with its whole stack, and this one is no news.
         return scored, loaded.version
 
+    def _encoded(self, tokens: TokenRow, loaded: Loaded) -> Encoded:
+        return Encoded(tokens=tokens, size=min(tokens.packed_length, self.section.token_budget), loaded=loaded)
+
     async def _together(self, rows: list[Encoded]) -> list[list[float]]:
-        return await asyncio.get_running_loop().run_in_executor(self._forward, self._score, rows)
+        self._idle.clear()
+        started = time.monotonic()
+        try:
+            scored = await asyncio.get_running_loop().run_in_executor(self._forward, self._score, rows)
+        finally:
+            self._idle.set()
+        self._admission.took(len(rows), time.monotonic() - started)
+        return scored
+
+    async def _warm_up(self, loaded: Loaded) -> None:
+        """Two passes over a long row: the first takes longer than any later one, and the second tells a row's time."""
+        from pulse_ray.ranker.packing import TokenRow
+
+        section, token = self.config.ranker, loaded.scorer.encoder.pad_token
+        candidate = [token] * section.candidate_tokens
+        tokens = TokenRow(prompt=[token] * section.max_tokens, candidates=[candidate] * self.config.serve.retrieve_k)
+        for _ in range(2):
+            self._admission.row_s = None
+            await self._together([self._encoded(tokens, loaded)])
 
     def _score(self, rows: Sequence[Encoded]) -> list[list[float]]:
         scored: dict[int, list[float]] = {}
@@ -230,7 +271,7 @@ class Ingress:
             connect(config),
             Services(
                 retrieve=_service(retriever.retrieve, "the retriever"),
-                rank=_service(ranker.rank, "the ranker"),
+                rank=_ranking(ranker),
                 reason=_service(reasoner.reason, "the reasoner") if reasoner is not None else None,
                 version=_service(ranker.version, "the ranker"),
             ),
@@ -256,6 +297,26 @@ def _service(method: Any, name: str) -> Callable[..., Awaitable[Any]]:
     return ask
 
 
+def _ranking(ranker: DeploymentHandle[Any]) -> Callable[[RankRow, int], Awaitable[tuple[list[float], str]]]:
+    """`Ranker.rank`, with a refusal in place of None. For a moment after one, the ranker is not even asked."""
+    ask = _service(ranker.rank, "the ranker")
+    busy_until = 0.0
+
+    async def rank(row: RankRow, companions: int) -> tuple[list[float], str]:
+        nonlocal busy_until
+        found: tuple[list[float], str] | None = None
+        # Rows whose companions are let in already are not turned away here.
+        if companions or time.monotonic() >= busy_until:
+            found = await ask(row, companions)
+            if found is None:
+                busy_until = time.monotonic() + BUSY_S
+        if found is None:
+            raise BusyError("too many requests wait for the ranker")
+        return found
+
+    return rank
+
+
 @asynccontextmanager
 async def _refusals(name: str) -> AsyncIterator[None]:
     try:
@@ -267,8 +328,11 @@ async def _refusals(name: str) -> AsyncIterator[None]:
         raise UnavailableError(f"{name} does not answer") from error
 
 
-def application(config: Config) -> serve.Application:
+def application(config: Config, ranker_class: type[Ranker] = Ranker) -> serve.Application:
     """The deployments of a configuration, bound to each other.
+
+    Args:
+        ranker_class: what ranks; another one is measured against ours.
 
     Raises:
         ArtifactError: the run lacks something that serving needs.
@@ -282,7 +346,7 @@ def application(config: Config) -> serve.Application:
     models.resolve(config.ranker.model)
     retriever = _deployment(Retriever, section.retriever, section.retry_after_s).bind(config)
     ranker = _deployment(
-        Ranker, section.ranker, section.retry_after_s, user_config={"adapter": section.ranker.adapter}
+        ranker_class, section.ranker, section.retry_after_s, user_config={"adapter": section.ranker.adapter}
     ).bind(config)
     reasoner = None
     if section.reasoner.enabled:
@@ -334,8 +398,11 @@ def build(args: dict[str, Any]) -> serve.Application:
 
 
 @contextmanager
-def serving(config: Config) -> Iterator[str]:
+def serving(config: Config, ranker_class: type[Ranker] = Ranker) -> Iterator[str]:
     """Serves a configuration until the context ends. Yields the address.
+
+    Args:
+        ranker_class: as for `application`.
 
     Raises:
         ConfigError: another host without tokens, or the port is taken.
@@ -344,7 +411,7 @@ def serving(config: Config) -> Iterator[str]:
     section = config.serve
     guard.check_host(section.host, guard.token_digests(section))
     _check_port(section.host, section.port)
-    app = application(config)
+    app = application(config, ranker_class)
     logger.setLevel(logging.WARNING)  # This process's own lines; `quiet` is for those of the replicas.
     with cluster(config.cluster):
         quiet = {"log_level": "WARNING", "enable_access_log": False}

@@ -33,13 +33,14 @@ READY_TIMEOUT_S = 3.0
 class Services:
     """The models, as asynchronous functions. Each may raise `BusyError` or `UnavailableError`.
 
-    `retrieve`: domain, item ids of the history and a count → items, best first. `rank`: a row → one logit for each of
-    its candidates, and the version of the model that gave them. `reason`: a history → a reason with its tree, or why
-    there is none; None where the reasoner is switched off. `version`: of the model that ranks now.
+    `retrieve`: domain, item ids of the history and a count → items, best first. `rank`: a row, and how many
+    rows of the same request were sent before it → one logit for each of its candidates, and the version of the model
+    that gave them. `reason`: a history → a reason with its tree, or why there is none; None where the reasoner is
+    switched off. `version`: of the model that ranks now.
     """
 
     retrieve: Callable[[str, Sequence[str], int], Awaitable[list[str]]]
-    rank: Callable[[RankRow], Awaitable[tuple[list[float], str]]]
+    rank: Callable[[RankRow, int], Awaitable[tuple[list[float], str]]]
     reason: Callable[[History], Awaitable[Found | str]] | None
     version: Callable[[], Awaitable[str]]
 
@@ -69,7 +70,8 @@ class Recommender:
         """See `Backend`."""
         try:
             async with asyncio.timeout(self.config.serve.timeout_s):
-                found = await asyncio.gather(*map(self._rank, requests), return_exceptions=True)
+                ranked = (self._rank(request, place) for place, request in enumerate(requests))
+                found = await asyncio.gather(*ranked, return_exceptions=True)
         except TimeoutError as error:
             raise UnavailableError(f"no answer within {self.config.serve.timeout_s:g} s") from error
         answers = []
@@ -144,7 +146,7 @@ class Recommender:
             ranker=ranker,
         )
 
-    async def _rank(self, request: RankRequest) -> RankAnswer:
+    async def _rank(self, request: RankRequest, place: int) -> RankAnswer:
         clock = _Clock()
         domain = self._domain(request.domain)
         candidates = self._known(domain, request.candidates, "candidates.{}") if request.candidates else None
@@ -156,7 +158,7 @@ class Recommender:
         reason = await self._reason(request, user)
         reason_ms = clock.lap()
         row = RankRow(history=user.history, reason=reason.text, candidates=tuple(candidates))
-        logits, version = await self.services.rank(row)
+        logits, version = await self.services.rank(row, place)
         rank_ms = clock.lap()
         return RankAnswer(
             domain=domain,

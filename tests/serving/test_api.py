@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
@@ -208,7 +208,6 @@ VALID = st.fixed_dictionaries(
 )
 
 
-@settings(deadline=None)
 @given(body=REQUEST | ANYTHING | VALID, batch=st.booleans())
 def test_no_json_is_a_500(client: TestClient, body: Any, batch: bool) -> None:
     content = json.dumps({"requests": [body]} if batch else body)
@@ -218,7 +217,6 @@ def test_no_json_is_a_500(client: TestClient, body: Any, batch: bool) -> None:
         assert answer.json()["message"]
 
 
-@settings(deadline=None)
 @given(body=VALID)
 def test_every_valid_request_is_answered(client: TestClient, body: dict[str, Any]) -> None:
     answer = client.post("/v1/rank", json=body)
@@ -226,7 +224,6 @@ def test_every_valid_request_is_answered(client: TestClient, body: dict[str, Any
     assert sum(item["probability"] for item in answer.json()["items"]) == pytest.approx(1)
 
 
-@settings(deadline=None)
 @given(
     body=st.binary(max_size=200),
     kind=st.sampled_from(["application/json", "text/plain", "multipart/form-data; boundary=x", ""]),
@@ -237,7 +234,6 @@ def test_no_bytes_are_a_500(client: TestClient, body: bytes, kind: str, encoding
     assert answer.status_code in ALLOWED, answer.text
 
 
-@settings(deadline=None)
 @given(
     route=st.sampled_from(
         ["/v1/users/", "/v1/items/", "/v1/items?query=", "/v1/users?query=", "/v1/items?limit=", "/"]

@@ -113,7 +113,7 @@ def test_requests_made_from_the_schema_get_answers_that_it_describes(
     assert len(operations) >= 6
     for operation in operations:
 
-        @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=25, database=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy(generation_mode=mode))
         def check(case: schemathesis.Case) -> None:
             answer = case.call()

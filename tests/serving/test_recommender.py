@@ -36,7 +36,7 @@ async def _retrieve(domain: str, history: Sequence[str], count: int) -> list[str
     return [f"i{n}" for n in range(shop.ITEMS) if f"i{n}" not in history][:count]
 
 
-async def _rank(row: RankRow) -> tuple[list[float], str]:
+async def _rank(row: RankRow, _: int) -> tuple[list[float], str]:
     RUNS.append(row)
     return [float(item.item_id[1:]) for item in row.candidates], "v1"
 
@@ -157,10 +157,10 @@ def test_refusals_name_place_and_field(make: Make) -> None:
 
 
 def test_a_busy_ranker_and_a_slow_one_are_refusals(make: Make) -> None:
-    async def busy(row: RankRow) -> tuple[list[float], str]:
+    async def busy(row: RankRow, _: int) -> tuple[list[float], str]:
         raise BusyError("too many requests wait for the ranker")
 
-    async def slow(row: RankRow) -> tuple[list[float], str]:
+    async def slow(row: RankRow, _: int) -> tuple[list[float], str]:
         await asyncio.sleep(30)
         return [], ""
 

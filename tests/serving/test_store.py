@@ -45,7 +45,7 @@ PROFILE = st.builds(
     reason=st.none() | REASON,
     tree=st.lists(THOUGHT, max_size=3).map(tuple),
 )
-RELAXED = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(params=["sqlite", "redis"])

@@ -28,7 +28,7 @@ def _grow(breadths: Sequence[int], failing: frozenset[str] = frozenset()) -> lis
     return asyncio.run(grow(breadths, think))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=4))
 def test_every_level_has_its_breadth_and_every_child_its_parent(breadths: list[int]) -> None:
     nodes = _grow(breadths)
