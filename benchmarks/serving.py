@@ -161,7 +161,7 @@ def _peer(
     from pulse_ray.serving.app import serving
 
     # Its slow passes may take their time, and `retrieve_k` tells how many candidates warm it up.
-    patient = config.serve.model_copy(update={"timeout_s": HANG_S, "port": _free_port(), "retrieve_k": 4})
+    patient = config.serve.model_copy(update={"timeout_s": 0.75 * HANG_S, "port": _free_port(), "retrieve_k": 4})
     load, few_load = Load(), Load()
     _say("starting the peer")
     with serving(config.model_copy(update={"serve": patient}), ranker) as address:
