@@ -324,6 +324,9 @@ class ScoreConfig(Section):
     retrieve_k: Count = Field(100, description="candidates that SASRec finds for a user who comes without any")
     shard_users: Count = Field(256, description="users in a part of the output: the unit of work and of commit")
     keep_profiles: bool = Field(False, description="also keep each user's history and reason in serve.store")
+    max_reject_fraction: Annotated[Fraction, OPERATIONAL] = Field(
+        0.1, description="largest share of users that may be set aside"
+    )
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
     token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the ranker")
 
@@ -393,10 +396,14 @@ class ServeConfig(Section):
     def _known(cls, store: str | None) -> str | None:
         if store is not None and not store.startswith(("sqlite:///", "redis://", "rediss://")):
             raise ValueError(f"'{store}' begins with neither sqlite:/// nor redis:// nor rediss://")
-        if store is not None and not store.startswith("sqlite") and urlsplit(store).password is not None:
-            raise ValueError(
-                "a password does not belong in a configuration: set the variable in serve.store_password_env"
-            )
+        if store is not None and not store.startswith("sqlite"):
+            place = urlsplit(store)
+            if place.password is not None or place.query:
+                raise ValueError(
+                    "an address of Redis takes no password and no options: the password comes from the variable that "
+                    "serve.store_password_env names"
+                )
+            _ = place.port  # It raises what is wrong with a port.
         return store
 
 

@@ -71,3 +71,9 @@ def from_values(values: Sequence[str]) -> PulseError:
     name, message, remedy = values
     kinds: list[type[PulseError]] = [PulseError, *PulseError.__subclasses__()]
     return next(kind for kind in kinds if kind.__name__ == name)(message, remedy=remedy)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without what follows: some append pages."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

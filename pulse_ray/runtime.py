@@ -83,7 +83,7 @@ def cluster(config: ClusterConfig) -> Iterator[None]:
         settings |= {"address": address, "runtime_env": {"env_vars": lacking}}
     try:
         ray.init(**settings)
-    except ConnectionError as error:
+    except (ConnectionError, ValueError) as error:
         raise ArtifactError(
             f"no Ray cluster at '{address}'",
             remedy="Start one with `ray start --head`, or unset cluster.address and RAY_ADDRESS",

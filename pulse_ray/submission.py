@@ -130,7 +130,7 @@ def connect(address: str) -> Client:
             f"the Ray cluster at {address} refused the token",
             remedy="RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token must hold the one it was started with",
         ) from error
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         raise ArtifactError(
             f"no job server of a Ray cluster at {address}: {error}",
             remedy="Give the dashboard's address, e.g. --address http://127.0.0.1:8265",

@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pulse_ray.config import Config
-from pulse_ray.errors import ArtifactError
+from pulse_ray.errors import ArtifactError, first_line
 from pulse_ray.schema import TABLES, Reject, Split, table, validate
 
 MANIFEST, BEGIN, MARK = "manifest.json", "begin.json", ".pulse_ray"
@@ -99,11 +99,13 @@ def locate(address: str) -> tuple[pafs.FileSystem, str]:
     """
     if "://" not in address:
         return pafs.LocalFileSystem(), str(Path(address).expanduser().absolute())
+    if not address.partition("://")[2].strip("/"):
+        raise ArtifactError(f"'{address}' names no bucket and no folder", remedy="E.g. s3://bucket/folder")
     try:
         filesystem, path = pafs.FileSystem.from_uri(address)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise ArtifactError(
-            f"cannot open storage '{address}': {error}", remedy="Check the URI and its credentials"
+            f"cannot open storage '{address}': {first_line(error)}", remedy="Check the URI and its credentials"
         ) from error
     return filesystem, str(path)
 
@@ -239,9 +241,10 @@ def _storage(path: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:
         raise ArtifactError(
-            f"cannot use {path}: {error}", remedy="Check storage: where it lies, its permissions and its free space"
+            f"cannot use {path}: {first_line(error)}",
+            remedy="Check storage: where it lies, its permissions and its free space",
         ) from error
 
 
@@ -266,16 +269,26 @@ class Workspace:
         Raises:
             ArtifactError: the folder holds something else.
         """
-        root = Artefact(self.filesystem, self.path, "")
-        if root.read_bytes(MARK) is not None:
-            return
+        if not self.claimed():
+            Artefact(self.filesystem, self.path, "").write_bytes(
+                MARK, b"pulse-ray keeps a run here: what a stage makes, it may delete.\n"
+            )
+
+    def claimed(self) -> bool:
+        """Whether the folder is marked as a run's; one that is not must be empty or absent.
+
+        Raises:
+            ArtifactError: the folder holds something else.
+        """
+        if Artefact(self.filesystem, self.path, "").read_bytes(MARK) is not None:
+            return True
         with _storage(self.path):
             if self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)):
                 raise ArtifactError(
                     f"{self.path} exists and is no run of pulse-ray",
-                    remedy="Choose another storage or name, or remove the folder",
+                    remedy="Choose another place, or remove the folder",
                 )
-        root.write_bytes(MARK, b"pulse-ray keeps a run here: what a stage makes, it may delete.\n")
+        return False
 
     def artefact(self, name: str) -> Artefact:
         """The artefact `name`, which need not exist yet."""
@@ -338,7 +351,12 @@ class StageRun:
             output.write_bytes(BEGIN, json.dumps(begun).encode())
 
     def begin(self) -> None:
-        """Makes the outputs ready: parts of this fingerprint stay, everything made under another one goes."""
+        """Makes the outputs ready: parts of this fingerprint stay, everything made under another one goes.
+
+        Raises:
+            ArtifactError: the folder is nobody's run.
+        """
+        self.workspace.claim()
         for name in self.spec.outputs:
             output = self.output(name)
             if self._begun(output) != self.fingerprint:

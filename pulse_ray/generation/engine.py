@@ -16,7 +16,7 @@ from typing import Any
 
 from pulse_ray import models
 from pulse_ray.config import EngineConfig, SamplingConfig
-from pulse_ray.errors import ArtifactError, GenerationError
+from pulse_ray.errors import ArtifactError, GenerationError, first_line
 from pulse_ray.generation import reaper
 from pulse_ray.text import control_tokens
 
@@ -71,7 +71,7 @@ class Engine:
             return AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise ArtifactError(
-                f"model '{self.config.model}' has no tokenizer that can be read: {_first_line(error)}",
+                f"model '{self.config.model}' has no tokenizer that can be read: {first_line(error)}",
                 remedy=f"Check the files in {folder}",
             ) from error
 
@@ -142,7 +142,7 @@ class Engine:
             results = [result async for result in stream]
         except (EngineDeadError, EngineGenerateError) as error:
             raise GenerationError(
-                f"the engine of '{self.config.model}' failed while it wrote: {_first_line(error)}",
+                f"the engine of '{self.config.model}' failed while it wrote: {first_line(error)}",
                 remedy="Run again to go on; if it was short of memory, lower engine.max_num_seqs or engine.kv_cache_gb",
             ) from error
         output = results[-1].outputs[0]
@@ -161,7 +161,7 @@ class Engine:
             self._llm = _start_vllm(self.config, str(models.resolve(self.config.model)))
         except Exception as error:  # vLLM raises errors of many kinds, and all mean that it cannot run like this.
             raise GenerationError(
-                f"vLLM cannot start '{self.config.model}': {_first_line(error)}",
+                f"vLLM cannot start '{self.config.model}': {first_line(error)}",
                 remedy="Check memory (engine.kv_cache_gb, engine.gpu_memory_utilization), engine.dtype and "
                 "engine.max_model_len; the cause stands in the logs of the Ray session",
             ) from error
@@ -209,8 +209,3 @@ def _start_vllm(config: EngineConfig, folder: str) -> Any:
             **on_cpu,
         )
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from pulse_ray import pipeline
 from pulse_ray.config import Config, Variant
-from pulse_ray.errors import ArtifactError
+from pulse_ray.errors import ArtifactError, DataError
 from pulse_ray.ranker.prompts import TEMPLATE_SHA
 from pulse_ray.runtime import cluster, run_shards
 from pulse_ray.scoring.users import Users, open_users
 from pulse_ray.scoring.worker import MakeScorer, UserWorker, trained
-from pulse_ray.workspace import Condition, StageRun, StageSpec, Workspace
+from pulse_ray.workspace import Condition, StageRun, StageSpec, Workspace, locate
 
 SPEC = StageSpec(
     name="score",
@@ -83,6 +83,12 @@ def prepare(config: Config, users: str, output: str) -> ScoreJob:
         input_fingerprints=inputs,
         source=Workspace(config.storage, config.name),
     )
+    folder = locate(users)[1].rstrip("/")
+    if stage.workspace.path.startswith(f"{folder}/"):
+        raise ArtifactError(
+            f"the output {output} lies inside the input {users}", remedy="Give an --output outside of it"
+        )
+    stage.workspace.claimed()
     pipeline.check_inputs(stage, plan)
     return ScoreJob(users=found, variant=variant, stage=stage)
 
@@ -107,7 +113,8 @@ def run(job: ScoreJob, make_scorer: MakeScorer = trained) -> Scored:
 
     Raises:
         ArtifactError: the output belongs to another job.
-        DataError: the input is damaged, or changes while it is read.
+        DataError: the input is damaged, changes while it is read, or too many of its users were set aside; what was
+            scored stays.
     """
     started = time.monotonic()
     ran = condition(job) != "complete"
@@ -123,7 +130,18 @@ def run(job: ScoreJob, make_scorer: MakeScorer = trained) -> Scored:
                 pool=score.pool,
                 title="score: users",
             )
+        _check_rejects(job)
         job.stage.complete(time.monotonic() - started)
     return Scored(
         ran=ran, users=job.users.rows, rejects=job.stage.rejected(), seconds=round(time.monotonic() - started, 2)
     )
+
+
+def _check_rejects(job: ScoreJob) -> None:
+    rejected, most = job.stage.rejected(), job.stage.config.score.max_reject_fraction
+    if sum(rejected.values()) > most * job.users.rows:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in rejected.items())
+        raise DataError(
+            f"{sum(rejected.values()):,} of {job.users.rows:,} users were set aside ({reasons}), more than {most:.0%}",
+            remedy=f"Look at {job.stage.rejects.path}; mend the input, or raise score.max_reject_fraction",
+        )

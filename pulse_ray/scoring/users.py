@@ -7,9 +7,13 @@ Others are passed over.
 
 from __future__ import annotations
 
+import posixpath
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
 from itertools import accumulate
 from typing import Any
 
@@ -18,7 +22,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pulse_ray.catalogue import Catalogue
-from pulse_ray.errors import DataError
+from pulse_ray.errors import DataError, first_line
 from pulse_ray.schema import INTERACTION, History, Interaction, Reject, example_id
 from pulse_ray.text import clean
 from pulse_ray.workspace import Part, locate
@@ -32,13 +36,13 @@ READ_ROWS = 1024
 class UserRow:
     """A user to be scored.
 
-    `touched` are the known items of the whole history, `history` its newest interactions. `candidates` are ids of
+    `steps` are the interactions with known items, oldest first, `history` the newest of them. `candidates` are ids of
     known items; None asks for retrieval.
     """
 
     row_id: str
     history: History
-    touched: frozenset[str]
+    steps: tuple[Interaction, ...]
     candidates: tuple[str, ...] | None
     reason: str | None
 
@@ -48,15 +52,12 @@ class UserFile:
     """One parquet file: its path on the filesystem, and what its footer and its folder say of it."""
 
     path: str
+    name: str
+    """The path below the folder that was given; of a single file its last piece."""
     rows: int
     columns: tuple[str, ...]
     mark: str
     """Path, size in bytes and time of change: names the content for a fingerprint."""
-
-    @property
-    def name(self) -> str:
-        """The last piece of the path."""
-        return self.path.rsplit("/", 1)[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class Users:
 
 
 def open_users(address: str, domains: Sequence[str]) -> Users:
-    """The parquet file at a path or URI, or all those in a folder; only their footers are read.
+    """The parquet file at a path or URI, or all `.parquet` files in a folder; only their footers are read.
 
     Args:
         domains: the domains of the experiment.
@@ -97,26 +98,29 @@ def open_users(address: str, domains: Sequence[str]) -> Users:
     filesystem, path = locate(address)
     try:
         found = filesystem.get_file_info(path.rstrip("/"))
+        infos, base = [found] if found.is_file else [], posixpath.dirname(found.path)
         if found.type == pafs.FileType.Directory:
-            infos = filesystem.get_file_info(pafs.FileSelector(found.path, recursive=True))
-        else:
-            infos = [found]
-        # Writers leave marks and half-written files under names that begin with _ or a dot.
-        infos = [one for one in infos if one.is_file and not one.base_name.startswith(("_", "."))]
-        files = [_footer(filesystem, one, domains) for one in sorted(infos, key=lambda one: str(one.path))]
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"cannot read {address}: {error}", remedy="Give parquet files, whole ones") from error
+            infos, base = filesystem.get_file_info(pafs.FileSelector(found.path, recursive=True)), found.path
+            # Writers leave marks and half-written files under names that begin with _ or a dot.
+            infos = [one for one in infos if one.extension == "parquet" and not one.base_name.startswith(("_", "."))]
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {address}: {first_line(error)}", remedy="Check path and permissions") from error
+    files = [_footer(filesystem, one, base, domains) for one in sorted(infos, key=lambda one: str(one.path))]
     users = Users(filesystem=filesystem, files=tuple(files))
     if not users.rows:
         raise DataError(f"{address} holds no users", remedy="Give a parquet file with a row for each user")
     return users
 
 
-def _footer(filesystem: pafs.FileSystem, info: pafs.FileInfo, domains: Sequence[str]) -> UserFile:
-    file = pq.ParquetFile(info.path, filesystem=filesystem)
+def _footer(filesystem: pafs.FileSystem, info: pafs.FileInfo, base: str, domains: Sequence[str]) -> UserFile:
+    try:
+        file = pq.ParquetFile(info.path, filesystem=filesystem)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"cannot read {info.path}: {first_line(error)}", remedy="Give whole parquet files") from error
     _check(info.path, file.schema_arrow, domains)
     return UserFile(
         path=info.path,
+        name=posixpath.relpath(info.path, base),
         rows=file.metadata.num_rows,
         columns=tuple(file.schema_arrow.names),
         mark=f"{info.path}:{info.size}:{info.mtime_ns}",
@@ -128,11 +132,15 @@ def _check(path: str, schema: pa.Schema, domains: Sequence[str]) -> None:
     needed = ["user_id", "history", *(["domain"] if len(domains) > 1 else [])]
     if missing := [name for name in needed if name not in schema.names]:
         raise DataError(f"{path} has no column '{missing[0]}'", remedy=f"It has {', '.join(schema.names)}; add it")
+    if repeated := sorted(name for name, times in Counter(schema.names).items() if times > 1 and name in COLUMNS):
+        raise DataError(f"{path} has two columns '{repeated[0]}'", remedy="Rename one of them")
+    # A column without a value in any row has no type.
+    given = [name for name in COLUMNS if name in schema.names and not pa.types.is_null(schema.field(name).type)]
     for name in ("user_id", "domain", "reason"):
-        if name in schema.names and not _is_text(schema.field(name).type):
+        if name in given and not _is_text(schema.field(name).type):
             raise _wrong_type(path, schema.field(name), "string")
     for name in ("history", "candidates"):
-        if name not in schema.names:
+        if name not in given:
             continue
         kind = schema.field(name).type
         if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
@@ -141,7 +149,7 @@ def _check(path: str, schema: pa.Schema, domains: Sequence[str]) -> None:
         if name == "history" and pa.types.is_struct(inside):
             if "item_id" not in [field.name for field in inside] or not _is_text(inside.field("item_id").type):
                 raise _wrong_type(path, schema.field(name), f"a list of {INTERACTION}")
-        elif not _is_text(inside):
+        elif not (_is_text(inside) or pa.types.is_null(inside)):
             raise _wrong_type(path, schema.field(name), "a list of item ids (strings)")
 
 
@@ -248,7 +256,7 @@ def understand(
     return UserRow(
         row_id=row_id,
         history=history,
-        touched=frozenset(step.item_id for step in steps),
+        steps=tuple(steps),
         candidates=None if candidates is None else chosen,
         reason=clean(row.get("reason")) or None,
     )
@@ -257,9 +265,11 @@ def understand(
 def _step(step: Mapping[str, Any], place: int) -> Interaction:
     """One interaction. What is not of the type or range of `schema.INTERACTION` counts as not given."""
     timestamp, rating, review = step.get("timestamp"), step.get("rating"), step.get("review")
+    if isinstance(timestamp, datetime):
+        timestamp = int((timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)).timestamp())
     return Interaction(
         item_id=step["item_id"],
-        timestamp=timestamp if isinstance(timestamp, int) else place,
-        rating=float(rating) if isinstance(rating, int | float) and 1 <= rating <= 5 else None,
+        timestamp=timestamp if isinstance(timestamp, int) and 0 <= timestamp < 2**62 else place,
+        rating=float(rating) if isinstance(rating, int | float | Decimal) and 1 <= rating <= 5 else None,
         review=(clean(review) or None) if isinstance(review, str) else None,
     )

@@ -107,7 +107,7 @@ class UserWorker:
             Query(
                 domain=row.history.domain,
                 history=[step.item_id for step in row.history.interactions],
-                touched=row.touched,
+                touched={step.item_id for step in row.steps},
             )
             for row in rows
         ]
@@ -166,9 +166,7 @@ class UserWorker:
                         ),
                         (),
                     )
-                profiles.append(
-                    Profile(domain=domain, user_id=name, history=row.history.interactions, reason=reason, tree=tree)
-                )
+                profiles.append(Profile(domain=domain, user_id=name, history=user.steps, reason=reason, tree=tree))
             store.put(profiles, BATCH)
 
     # What follows is loaded when the first row asks for it: an input that brings candidates and reasons needs neither.

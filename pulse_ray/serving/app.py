@@ -51,6 +51,9 @@ WEIGHTS = "adapter_model.safetensors"
 HEALTH_CHECK_PERIOD_S = 2.0
 """A replica that died is missed after so long; Serve's own ten seconds are most of what a recovery would take."""
 
+RUN_POLL_S = 5.0
+"""How often a service that waits for its run looks for it."""
+
 BUSY_S = 0.25
 """So long after a refusal the ingress refuses by itself: a crowd that is turned away must not keep the ranker busy."""
 
@@ -211,14 +214,12 @@ class Retriever:
         with tempfile.TemporaryDirectory() as local:
             self._retrieval = Retrieval(sasrec.download(Path(local)))
 
-    async def retrieve(self, domain: str, history: Sequence[str], count: int) -> list[str]:
-        """Up to `count` items that the history does not hold, best first."""
-        return await asyncio.to_thread(self._nearest, domain, history, count)
-
-    def _nearest(self, domain: str, history: Sequence[str], count: int) -> list[str]:
+    async def retrieve(self, domain: str, history: Sequence[str], touched: Sequence[str], count: int) -> list[str]:
+        """Up to `count` items that the user never touched, best first."""
         from pulse_ray.candidates.retrieval import Query
 
-        [found] = self._retrieval.nearest([Query(domain=domain, history=history, touched=history)], count)
+        query = Query(domain=domain, history=history, touched=touched)
+        [found] = await asyncio.to_thread(self._retrieval.nearest, [query], count)
         return found
 
 
@@ -336,9 +337,11 @@ def application(config: Config, ranker_class: type[Ranker] = Ranker) -> serve.Ap
 
     Raises:
         ArtifactError: the run lacks something that serving needs.
-        ConfigError: a token file cannot be read.
+        ConfigError: a token file cannot be read, or there are no tokens for another host than this machine.
     """
     section = config.serve
+    digests = guard.token_digests(section)
+    guard.check_host(section.host, digests)
     workspace = Workspace(config.storage, config.name)
     selects = section.reasoner.enabled and config.ranker.served(section.variant) == "thought_space"
     for name in ("items", "sasrec", "ranker", *(("encoders",) if selects else ())):
@@ -352,7 +355,7 @@ def application(config: Config, ranker_class: type[Ranker] = Ranker) -> serve.Ap
     if section.reasoner.enabled:
         reasoner = _deployment(Reasoner, section.reasoner, section.retry_after_s).bind(config)
     ingress = _deployment(serve.ingress(None)(Ingress), section.ingress, section.retry_after_s)
-    return ingress.bind(config, guard.token_digests(section), retriever, ranker, reasoner)
+    return ingress.bind(config, digests, retriever, ranker, reasoner)
 
 
 def _deployment(kind: type, section: DeploymentConfig, retry_after_s: int, **more: Any) -> serve.Deployment:
@@ -382,19 +385,31 @@ def build(args: dict[str, Any]) -> serve.Application:
     The store is filled first, unless it is filled from this run already.
 
     Args:
-        args: `config`, the path of a YAML file, and optionally `set`, a list of `section.key=value`.
+        args: `config`, the path of a YAML file, and optionally `set`, a list of `section.key=value`, and `wait_s`:
+            seconds to wait for a run that is not finished, as where a job and the service start together.
 
     Raises:
         ConfigError: an argument is missing or unknown, or the configuration is wrong.
         ArtifactError: the run is not finished, or the store does not answer.
     """
-    if unknown := sorted(set(args) - {"config", "set"}):
-        raise ConfigError(f"unknown argument '{unknown[0]}' of the application", remedy="Give `config` and `set` alone")
+    if unknown := sorted(set(args) - {"config", "set", "wait_s"}):
+        raise ConfigError(
+            f"unknown argument '{unknown[0]}' of the application", remedy="Give `config`, `set` and `wait_s` alone"
+        )
     if "config" not in args:
         raise ConfigError("the application has no `config`", remedy="Add the path of a YAML file to its args")
     config = load(args["config"], args.get("set") or ())
+    guard.check_host(config.serve.host, guard.token_digests(config.serve))
+    _wait_for_run(config, float(args.get("wait_s", 0)))
     fill(config)
     return application(config)
+
+
+def _wait_for_run(config: Config, wait_s: float) -> None:
+    """Waits for the last stage that serving needs, as long as it may."""
+    workspace, deadline = Workspace(config.storage, config.name), time.monotonic() + wait_s
+    while workspace.artefact("ranker").manifest() is None and time.monotonic() < deadline:
+        time.sleep(min(RUN_POLL_S, wait_s))
 
 
 @contextmanager
@@ -409,9 +424,8 @@ def serving(config: Config, ranker_class: type[Ranker] = Ranker) -> Iterator[str
         ArtifactError: the run is not finished, or the application does not start.
     """
     section = config.serve
-    guard.check_host(section.host, guard.token_digests(section))
-    _check_port(section.host, section.port)
     app = application(config, ranker_class)
+    _check_port(section.host, section.port)
     logger.setLevel(logging.WARNING)  # This process's own lines; `quiet` is for those of the replicas.
     with cluster(config.cluster):
         quiet = {"log_level": "WARNING", "enable_access_log": False}
@@ -429,7 +443,8 @@ def serving(config: Config, ranker_class: type[Ranker] = Ranker) -> Iterator[str
                 remedy="The cause stands in the logs of the Ray session, in logs/serve",
             ) from error
         try:
-            yield f"http://{section.host}:{section.port}"
+            host = f"[{section.host}]" if ":" in section.host else section.host
+            yield f"http://{host}:{section.port}"
         finally:
             serve.shutdown()
 

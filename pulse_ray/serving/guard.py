@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,7 +27,7 @@ def token_digests(config: ServeConfig) -> tuple[str, ...]:
     Only digests leave the process that reads the tokens.
 
     Raises:
-        ConfigError: the file cannot be read, or holds no token.
+        ConfigError: the file cannot be read, or holds no token, or a token is not ASCII.
     """
     found = os.environ.get(config.tokens_env, "").split()
     if config.tokens_file is not None:
@@ -44,6 +44,8 @@ def token_digests(config: ServeConfig) -> tuple[str, ...]:
                 remedy="Write one token a line, or unset serve.tokens_file",
             )
         found += listed
+    if not all(token.isascii() for token in found):
+        raise ConfigError("a token holds other characters than ASCII, which no header brings", remedy="Change it")
     return tuple(sorted({_digest(token) for token in found}))
 
 
@@ -61,7 +63,7 @@ def check_host(host: str, digests: Sequence[str]) -> None:
 
 
 class Guard:
-    """ASGI middleware: 401 without a token, 413 for a body above the limit.
+    """ASGI middleware: 401 without a token, 413 for a body above the limit, headers that close every answer.
 
     A body is read here, before anything parses it, and no further than the limit: its length need not be declared.
 
@@ -77,6 +79,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        send = _closed(scope["path"], send)
         headers = Headers(scope=scope)
         if scope["path"].startswith(GUARDED) and not self._known(headers.get("authorization", "")):
             refusal = _refusal(401, "a bearer token is needed: Authorization: Bearer …")
@@ -121,6 +124,20 @@ class Guard:
                 return None
             more = message["type"] == "http.request" and message.get("more_body", False)
         return bytes(body)
+
+
+def _closed(path: str, send: Send) -> Send:
+    """Sends answers that no browser takes for something else, and of users none that a cache keeps."""
+
+    async def send_closed(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            headers["X-Content-Type-Options"] = "nosniff"
+            if path.startswith(GUARDED):
+                headers["Cache-Control"] = "no-store"
+        await send(message)
+
+    return send_closed
 
 
 def _digest(token: str) -> str:

@@ -6,10 +6,11 @@ Plain Python over a few asynchronous questions (`Services`), which `serving.app`
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,8 +23,10 @@ from pulse_ray.serving.backend import BusyError, InvalidError, RefusedError, Una
 from pulse_ray.serving.messages import RankAnswer, RankRequest, Reason, Thought
 from pulse_ray.serving.store import Found, Profile, ProfileStore, StoreDownError
 from pulse_ray.serving.titles import TitleIndex
+from pulse_ray.text import clean
 
 T = TypeVar("T")
+logger = logging.getLogger("ray.serve")
 
 READY_TIMEOUT_S = 3.0
 """A ranker that does not say its version within this time does not count as ready."""
@@ -33,13 +36,13 @@ READY_TIMEOUT_S = 3.0
 class Services:
     """The models, as asynchronous functions. Each may raise `BusyError` or `UnavailableError`.
 
-    `retrieve`: domain, item ids of the history and a count → items, best first. `rank`: a row, and how many
-    rows of the same request were sent before it → one logit for each of its candidates, and the version of the model
-    that gave them. `reason`: a history → a reason with its tree, or why there is none; None where the reasoner is
-    switched off. `version`: of the model that ranks now.
+    `retrieve`: domain, item ids of the history, those that must not be found, and a count → items, best first.
+    `rank`: a row, and how many rows of the same request were sent before it → one logit for each of its candidates, and
+    the version of the model that gave them. `reason`: a history → a reason with its tree, or why there is none; None
+    where the reasoner is switched off. `version`: of the model that ranks now.
     """
 
-    retrieve: Callable[[str, Sequence[str], int], Awaitable[list[str]]]
+    retrieve: Callable[[str, Sequence[str], Sequence[str], int], Awaitable[list[str]]]
     rank: Callable[[RankRow, int], Awaitable[tuple[list[float], str]]]
     reason: Callable[[History], Awaitable[Found | str]] | None
     version: Callable[[], Awaitable[str]]
@@ -47,10 +50,23 @@ class Services:
 
 @dataclass(frozen=True, kw_only=True)
 class _User:
-    """Whom to rank for. `profile` is None for a history that was typed."""
+    """Whom to rank for. `touched` are all items of the history, also those too old for `history`. `profile` is None for
+    a history that was typed."""
 
     history: History
+    touched: Sequence[str]
     profile: Profile | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """A request whose user and candidates are known to exist."""
+
+    request: RankRequest
+    user: _User
+    candidates: list[Item] | None
+    clock: _Clock
+    profile_ms: float
 
 
 class Recommender:
@@ -70,18 +86,11 @@ class Recommender:
         """See `Backend`."""
         try:
             async with asyncio.timeout(self.config.serve.timeout_s):
-                ranked = (self._rank(request, place) for place, request in enumerate(requests))
-                found = await asyncio.gather(*ranked, return_exceptions=True)
+                # All are checked before work is done on any.
+                asked = await self._each([self._ask(request) for request in requests])
+                return await self._each([self._rank(one, place) for place, one in enumerate(asked)])
         except TimeoutError as error:
             raise UnavailableError(f"no answer within {self.config.serve.timeout_s:g} s") from error
-        answers = []
-        for place, answer in enumerate(found):
-            if isinstance(answer, RefusedError):
-                answer.place = place
-            if isinstance(answer, BaseException):
-                raise answer
-            answers.append(answer)
-        return answers
 
     async def user(self, user_id: str, domain: str | None) -> messages.UserAnswer:
         """See `Backend`."""
@@ -119,7 +128,8 @@ class Recommender:
     async def search(self, query: str, domain: str | None, limit: int) -> messages.ItemsAnswer:
         """See `Backend`."""
         name = self._domain(domain)
-        found = self.titles[name].find(query, limit)
+        # Of a large catalogue this takes a while.
+        found = await asyncio.to_thread(self.titles[name].find, query, limit)
         return messages.ItemsAnswer(
             domain=name, items=[messages.FoundItem(item_id=item.item_id, title=item.title) for item in found]
         )
@@ -146,30 +156,47 @@ class Recommender:
             ranker=ranker,
         )
 
-    async def _rank(self, request: RankRequest, place: int) -> RankAnswer:
+    async def _each(self, questions: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+        """Asks all at once. Raises the first refusal, with its place."""
+        answers = []
+        for place, answer in enumerate(await asyncio.gather(*questions, return_exceptions=True)):
+            if isinstance(answer, RefusedError):
+                answer.place = place
+            if isinstance(answer, BaseException):
+                raise answer
+            answers.append(answer)
+        return answers
+
+    async def _ask(self, request: RankRequest) -> _Asked:
         clock = _Clock()
         domain = self._domain(request.domain)
         candidates = self._known(domain, request.candidates, "candidates.{}") if request.candidates else None
         user = await self._user(domain, request)
-        profile_ms = clock.lap()
-        if candidates is None:
-            candidates = await self._retrieve(user.history)
+        return _Asked(request=request, user=user, candidates=candidates, clock=clock, profile_ms=clock.lap())
+
+    async def _rank(self, asked: _Asked, place: int) -> RankAnswer:
+        request, user, clock = asked.request, asked.user, asked.clock
+        clock.lap()
+        candidates = asked.candidates or await self._retrieve(user)
         retrieve_ms = clock.lap()
         reason = await self._reason(request, user)
         reason_ms = clock.lap()
         row = RankRow(history=user.history, reason=reason.text, candidates=tuple(candidates))
         logits, version = await self.services.rank(row, place)
         rank_ms = clock.lap()
+        if not np.isfinite(logits).all():
+            logger.error("%s gives logits that are no numbers", version)
+            raise UnavailableError("the ranker's answer is no number")
         return RankAnswer(
-            domain=domain,
+            domain=user.history.domain,
             user_id=request.user_id,
             items=_ranked(candidates, logits),
-            candidates_from="request" if request.candidates else "sasrec",
+            candidates_from="request" if asked.candidates else "sasrec",
             reason=reason,
             model_version=version,
             timing=messages.Timing(
                 total_ms=clock.total(),
-                profile_ms=profile_ms,
+                profile_ms=asked.profile_ms,
                 retrieve_ms=retrieve_ms,
                 reason_ms=reason_ms,
                 rank_ms=rank_ms,
@@ -180,7 +207,10 @@ class Recommender:
         profile = None
         if request.user_id is not None:
             profile = await self._profile(domain, request.user_id)
-            steps = profile.history[-self.config.prepare.max_sequence :]
+            # A profile may be older, or newer, than the catalogue.
+            steps = tuple(step for step in profile.history if step.item_id in self.items[domain])
+            if not steps:
+                raise InvalidError(f"no item of user '{request.user_id}' is in the catalogue", field="user_id")
         else:
             given = request.history or []
             self._known(domain, [step.item_id for step in given], "history.{}.item_id")
@@ -190,7 +220,7 @@ class Recommender:
                     item_id=step.item_id,
                     timestamp=place if step.timestamp is None else step.timestamp,
                     rating=step.rating,
-                    review=step.review,
+                    review=clean(step.review) or None,
                 )
                 for place, step in enumerate(given)
             )
@@ -198,13 +228,14 @@ class Recommender:
             example_id=f"{domain}/{request.user_id or ''}/now",
             domain=domain,
             user_id=request.user_id or "",
-            interactions=steps,
+            interactions=steps[-self.config.prepare.max_sequence :],
         )
-        return _User(history=history, profile=profile)
+        return _User(history=history, touched=[step.item_id for step in steps], profile=profile)
 
-    async def _retrieve(self, history: History) -> list[Item]:
-        seen = [step.item_id for step in history.interactions]
-        found = await self.services.retrieve(history.domain, seen, self.config.serve.retrieve_k)
+    async def _retrieve(self, user: _User) -> list[Item]:
+        history = user.history
+        newest = [step.item_id for step in history.interactions]
+        found = await self.services.retrieve(history.domain, newest, user.touched, self.config.serve.retrieve_k)
         if not found:
             raise InvalidError("the history holds every item, so none is left to rank", field="candidates")
         return [self.items[history.domain][item] for item in found]
@@ -212,8 +243,8 @@ class Recommender:
     async def _reason(self, request: RankRequest, user: _User) -> Reason:
         if self.variant == "none":
             return _none("the model that is served ranks without reasons")
-        if request.reason is not None:
-            return Reason(source="request", text=request.reason)
+        if given := clean(request.reason):
+            return Reason(source="request", text=given)
         stored = user.profile and user.profile.reason
         if user.profile and stored:
             return _stored(user.profile)

@@ -94,7 +94,10 @@ class ProfileStore(Protocol):
         ...
 
     def put(self, profiles: Iterable[Profile], filling: str) -> int:
-        """Keeps profiles in place of those of the same users, as part of a filling; returns how many."""
+        """Keeps profiles in place of those of the same users, as part of a filling; returns how many came.
+
+        What `BATCH` has put is the newer knowledge: only `BATCH` replaces it.
+        """
         ...
 
     def find(self, domain: str, prefix: str, limit: int) -> list[str]:
@@ -157,7 +160,12 @@ class SqliteStore:
             with self._lock:
                 try:
                     self._connection.execute("BEGIN")
-                    self._connection.executemany("INSERT OR REPLACE INTO profiles VALUES (?, ?, ?, ?)", rows)
+                    self._connection.executemany(
+                        "INSERT INTO profiles VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE "
+                        "SET filling = excluded.filling, body = excluded.body "
+                        f"WHERE excluded.filling = '{BATCH}' OR profiles.filling <> '{BATCH}'",
+                        rows,
+                    )
                     self._connection.execute("COMMIT")
                 except sqlite3.Error as error:
                     if self._connection.in_transaction:
@@ -233,7 +241,7 @@ class RedisStore:
         for batch in _batches(profiles):
             with _redis_errors(), self._client.pipeline(transaction=True) as pipeline:
                 pipeline.sadd(self._key("fillings"), filling)
-                for one in batch:
+                for one in batch if filling == BATCH else self._not_from_batch(batch):
                     body = _encoded({**asdict(one), "filling": filling})
                     pipeline.hset(self._key("profiles", one.domain), one.user_id, body)
                     pipeline.zadd(self._key("users", one.domain), {one.user_id: 0})
@@ -241,6 +249,13 @@ class RedisStore:
                 pipeline.execute()
             count += len(batch)
         return count
+
+    def _not_from_batch(self, profiles: Sequence[Profile]) -> list[Profile]:
+        """Those whose user has no profile by `BATCH`."""
+        with self._client.pipeline(transaction=False) as pipeline:
+            for one in profiles:
+                pipeline.sismember(self._key("filling", BATCH), _encoded([one.domain, one.user_id]))
+            return [one for one, held in zip(profiles, pipeline.execute(), strict=True) if not held]
 
     def find(self, domain: str, prefix: str, limit: int) -> list[str]:
         """See `ProfileStore`."""

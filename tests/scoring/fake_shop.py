@@ -46,7 +46,7 @@ def config(storage: Path, **score: Any) -> Config:
             "storage": str(storage),
             "prepare": {"domains": domains, "max_sequence": 4},
             "ranker": {"variants": ["none", "thought_space"]},
-            "score": {"retrieve_k": 8, "top_n": 3, "shard_users": 5, **score},
+            "score": {"retrieve_k": 8, "top_n": 3, "shard_users": 5, "max_reject_fraction": 0.5, **score},
         }
     )
 

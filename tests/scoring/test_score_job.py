@@ -15,7 +15,7 @@ from ray import cloudpickle
 from typer.testing import CliRunner, Result
 
 from pulse_ray import cli, pipeline
-from pulse_ray.errors import ArtifactError
+from pulse_ray.errors import ArtifactError, DataError
 from pulse_ray.scoring import job as scoring
 from pulse_ray.scoring.worker import UserWorker
 from pulse_ray.serving.filling import opened
@@ -161,6 +161,30 @@ def test_another_input_does_not_mix_with_an_older_output(tmp_path: Path, users: 
     with pytest.raises(ArtifactError, match="scores of another input"):
         scoring.condition(prepared(tmp_path, users))
     assert scoring.condition(prepared(tmp_path, users, output="elsewhere")) == "missing"
+
+
+def test_an_output_that_is_not_ours_is_left_alone(tmp_path: Path, users: Path) -> None:
+    foreign = tmp_path / "scored" / "user_scores" / "2024" / "precious.parquet"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("precious")
+    with pytest.raises(ArtifactError, match="is no run of pulse-ray"):
+        prepared(tmp_path, users)
+    assert foreign.read_text() == "precious"
+    inside = tmp_path / "input"
+    inside.mkdir()
+    users.rename(inside / "users.parquet")
+    with pytest.raises(ArtifactError, match="lies inside the input"):
+        prepared(tmp_path, inside, output="input/scored")
+
+
+def test_too_many_users_that_cannot_be_scored_are_an_error_that_keeps_what_is_done(
+    tmp_path: Path, users: Path, ray_cluster: None
+) -> None:
+    with pytest.raises(DataError, match=r"2 of 8 users were set aside .*more than 10%"):
+        scoring.run(prepared(tmp_path, users, max_reject_fraction=0.1), fake_shop.NoiseScorer)
+    job = prepared(tmp_path, users, max_reject_fraction=0.25)
+    assert job.stage.output("user_scores").parts() == job.users.shards(5)
+    assert scoring.run(job, fake_shop.NoiseScorer).ran
 
 
 def test_a_ranker_that_is_named_is_the_one_left_unset(tmp_path: Path, users: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,33 @@ def test_lists_and_strings_of_every_width_are_read(tmp_path: Path) -> None:
     assert row == {"user_id": "u", "history": ["a", "b"], "domain": "shop"}
 
 
+def test_columns_without_any_value_are_as_good_as_missing(tmp_path: Path) -> None:
+    columns = {"user_id": ["u"], "history": [["a"]], "candidates": pa.nulls(1), "reason": pa.nulls(1)}
+    pq.write_table(pa.table(columns), tmp_path / "users.parquet")
+    users = open_users(str(tmp_path / "users.parquet"), ["shop"])
+    [row] = ShardReader(users).read(users.shards(5)[0])[2].to_pylist()
+    assert known({**row, "domain": "shop"}).candidates is None
+    pq.write_table(pa.table({"user_id": ["u"], "history": [[]]}), tmp_path / "empty.parquet")
+    assert open_users(str(tmp_path / "empty.parquet"), ["shop"]).rows == 1
+
+
+def test_a_repeated_column_is_named(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays(
+        [pa.array(["u"]), pa.array(["v"]), pa.array([["a"]])], ["user_id", "user_id", "history"]
+    )
+    pq.write_table(twice, tmp_path / "users.parquet")
+    with pytest.raises(DataError, match="two columns 'user_id'"):
+        open_users(str(tmp_path / "users.parquet"), ["shop"])
+
+
+def test_files_of_one_name_in_several_folders_are_told_apart_and_others_left_alone(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "part-0.parquet", 2, 2)
+    (tmp_path / "readme.txt").write_text("What this is")
+    assert [file.name for file in open_users(str(tmp_path), ["shop"]).files] == ["a/part-0.parquet", "b/part-0.parquet"]
+
+
 def known(row: dict[str, Any]) -> UserRow:
     found = understand(row, "users.parquet:0", ITEMS, 3, None)
     assert isinstance(found, UserRow), found
@@ -138,6 +167,11 @@ def test_interactions_keep_what_is_of_use() -> None:
     first, second = row.history.interactions
     assert (first.timestamp, first.rating, first.review) == (5, 4.0, "fine")
     assert (second.timestamp, second.rating, second.review) == (1, None, None)
+    other = {"item_id": "a", "timestamp": datetime(2020, 1, 1), "rating": Decimal("3.5")}
+    [step] = known(fake_shop.user("u", [other])).history.interactions
+    assert (step.timestamp, step.rating) == (1577836800, 3.5)
+    [step] = known(fake_shop.user("u", [{"item_id": "a", "timestamp": 2**63}])).history.interactions
+    assert step.timestamp == 0
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,11 @@ def test_tokens_come_from_the_file_and_the_environment(tmp_path: Path, monkeypat
         assert client.post("/v1/rank", content=b"x" * 9999, headers={"Authorization": header}).status_code == 401
     for header in ("Bearer first", "bearer second", "Bearer third"):
         assert client.get("/v1/users/u1", headers={"Authorization": header}).status_code == 200
+    assert client.get("/v1/users/u1").headers["cache-control"] == "no-store"
+    assert client.get("/").headers["x-content-type-options"] == "nosniff"
+    path.write_text("schlüssel")
+    with pytest.raises(ConfigError, match="ASCII"):
+        guard.token_digests(ServeConfig(tokens_file=str(path)))
     for path_of_all in ("/", "/page.js", "/healthz", "/readyz", "/metrics", "/openapi.json"):
         assert client.get(path_of_all).status_code == 200
 

@@ -202,9 +202,33 @@ def test_what_cannot_be_served_is_refused_before_anything_starts(config: Config,
 def test_the_builder_takes_a_file_and_overrides(config: Config, tmp_path: Path) -> None:
     path = shop.dump(config, tmp_path / "config.json")
     assert isinstance(app.build({"config": str(path), "set": ["serve.retrieve_k=3"]}), serve.Application)
-    for args, place in (({}, "no `config`"), ({"config": str(path), "port": 1}, "unknown argument 'port'")):
+    wrong = (
+        ({}, "no `config`"),
+        ({"config": str(path), "port": 1}, "unknown argument 'port'"),
+        ({"config": str(path), "set": ["serve.host=0.0.0.0"]}, "there are no tokens"),
+    )
+    for args, place in wrong:
         with pytest.raises(ConfigError, match=place):
             app.build(args)
+
+
+def test_the_builder_waits_for_a_run_as_long_as_it_may(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished = config.model_copy(update={"storage": str(tmp_path / "runs")})
+    path = shop.dump(unfinished, tmp_path / "config.json")
+    with pytest.raises(ArtifactError, match="holds no complete"):
+        app.build({"config": str(path), "wait_s": 0.1})
+    looks: list[float] = []
+
+    def finish(seconds: float) -> None:
+        looks.append(seconds)
+        shop.make(unfinished)
+        shop.add_models(unfinished)
+
+    monkeypatch.setattr(app.time, "sleep", finish)
+    assert isinstance(app.build({"config": str(path), "wait_s": 60}), serve.Application)
+    assert looks == [app.RUN_POLL_S]
 
 
 def test_the_printed_line_ranks(client: httpx.Client, config: Config) -> None:

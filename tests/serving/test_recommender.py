@@ -13,12 +13,13 @@ import pytest
 from pulse_ray import catalogue
 from pulse_ray.config import Config
 from pulse_ray.ranker.prompts import RankRow
-from pulse_ray.schema import History
+from pulse_ray.schema import History, Interaction
 from pulse_ray.serving import filling
 from pulse_ray.serving.backend import BusyError, InvalidError, RefusedError, UnavailableError, UnknownError
 from pulse_ray.serving.messages import RankAnswer, RankRequest
 from pulse_ray.serving.recommender import Recommender, Services
-from pulse_ray.serving.store import Found, StoreDownError, StoredReason, StoredThought, open_store
+from pulse_ray.serving.store import Found, Profile, StoreDownError, StoredReason, StoredThought, open_store
+from pulse_ray.text import clean
 from pulse_ray.workspace import Workspace
 from tests.serving import shop
 
@@ -32,8 +33,9 @@ RUNS: list[RankRow] = []
 TYPED = RankRequest.model_validate({"history": [{"item_id": "i1", "review": "Nice"}, {"item_id": "i2", "rating": 3}]})
 
 
-async def _retrieve(domain: str, history: Sequence[str], count: int) -> list[str]:
-    return [f"i{n}" for n in range(shop.ITEMS) if f"i{n}" not in history][:count]
+async def _retrieve(domain: str, history: Sequence[str], touched: Sequence[str], count: int) -> list[str]:
+    assert set(history) <= set(touched)
+    return [f"i{n}" for n in range(shop.ITEMS) if f"i{n}" not in touched][:count]
 
 
 async def _rank(row: RankRow, _: int) -> tuple[list[float], str]:
@@ -98,6 +100,50 @@ def test_a_typed_history_keeps_its_order_and_is_ranked_without_a_reason(make: Ma
     assert row.reason is None
     assert answer.reason.why == "no reason is stored for a typed history, and the reasoner is off"
     assert {item.item_id for item in answer.items} == {"i0", "i3", "i4", "i5"}
+
+
+def test_a_history_beyond_the_model_s_length_still_says_what_was_touched(make: Make) -> None:
+    recommender = make()
+    recommender.config = recommender.config.model_copy(
+        update={"prepare": recommender.config.prepare.model_copy(update={"max_sequence": 2})}
+    )
+    answer = _one(recommender, RankRequest(user_id=shop.user(0)))
+    assert [step.item_id for step in RUNS[0].history.interactions] == shop.history(0)[-2:]
+    assert not {item.item_id for item in answer.items} & set(shop.history(0))
+
+
+def test_items_of_a_profile_that_the_catalogue_lacks_are_left_out(make: Make) -> None:
+    recommender = make()
+    steps = tuple(Interaction(item_id=item, timestamp=0) for item in ("gone", "i4"))
+    recommender.store.put(
+        [Profile(domain="shop", user_id=f"p{n}", history=steps[:n]) for n in (1, 2)],
+        "other",
+    )
+    _one(recommender, RankRequest(user_id="p2"))
+    assert [step.item_id for step in RUNS[0].history.interactions] == ["i4"]
+    refused = _refused(recommender.rank([RankRequest(user_id="p1")]))
+    assert (refused.status, refused.field) == (422, "user_id")
+
+
+def test_texts_of_a_request_are_cleaned_like_those_of_the_data(make: Make) -> None:
+    request = {"history": [{"item_id": "i1", "review": "ok\x07\n- more"}], "reason": " \n "}
+    answer = _one(make(), RankRequest.model_validate(request))
+    assert (answer.reason.source, RUNS[0].reason) == ("none", None)
+    assert RUNS[0].history.interactions[0].review == clean("ok\x07\n- more") == "ok - more"
+
+
+def test_nothing_is_ranked_where_one_of_a_batch_is_wrong(make: Make) -> None:
+    fine, wrong = RankRequest(user_id=shop.user(0)), RankRequest(user_id=shop.user(1), candidates=["gone"])
+    refused = _refused(make().rank([fine, fine, wrong]))
+    assert (refused.status, refused.place, refused.field) == (422, 2, "candidates.0")
+    assert not RUNS
+
+
+def test_logits_that_are_no_numbers_are_a_503(make: Make) -> None:
+    async def rank(row: RankRow, _: int) -> tuple[list[float], str]:
+        return [float("nan")] * len(row.candidates), "v1"
+
+    assert _refused(make(rank=rank).rank([TYPED])).status == 503
 
 
 def test_a_reason_of_the_request_goes_before_the_store(make: Make) -> None:

@@ -96,10 +96,14 @@ def test_a_store_that_serves_is_filled_anew(make: MakeStore) -> None:
     store.put([Profile(domain="shop", user_id="batch", history=())], BATCH)
     store.put([kept, new], "second")
     assert store.find("shop", "", 9) == ["a/old", "batch", "kept", "new"], "nobody is missing meanwhile"
+    newer = Profile(domain="shop", user_id="kept", history=(Interaction(item_id="i", timestamp=1),))
+    store.put([newer], BATCH)
+    store.put([kept, new], "second")
+    assert store.get("shop", "kept") == newer, "what the batch job put is newer than any run"
     store.retire(["second", BATCH])
     assert store.find("shop", "", 9) == ["batch", "kept", "new"]
     assert store.get("shop", "a/old") is None
-    assert store.get("shop", "kept") == kept
+    assert store.get("shop", "kept") == newer
 
 
 def test_a_store_is_filled_and_read_by_several_threads(make: MakeStore) -> None:
