@@ -164,7 +164,7 @@ def memory(samples: Sequence[Sample], parts: int) -> dict[str, float]:
     """How the driver's memory went, in MiB, from when a tenth of the parts was there; of several samples the median."""
     settled = [sample for sample in samples if SETTLED * parts <= sample.parts < parts]
     users = [sample.parts * SHARD_USERS for sample in settled]
-    found = {}
+    found: dict[str, float] = {}
     for kind in ("rss", "uss"):
         values = np.array([getattr(sample, kind) / 2**20 for sample in settled])
         found |= {
