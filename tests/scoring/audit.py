@@ -19,7 +19,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-PATIENCE_S = 5
+PATIENCE_S = 2
 """Time that a local Ray is given to follow its driver. Its actors do so at once; two agents of Ray's, which hold
 nothing of a run's, take more than a minute."""
 
