@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,7 +22,10 @@ from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.pipeline import STAGES
 from pulse_ray.progress import console
 
-CONFIGURATION = "configuration.json"
+CONFIGURATION = "PULSE_RAY_CONFIGURATION"
+"""The variable that brings the configuration, as JSON. A file would need a `working_dir`: two Ray nodes of one machine
+share its folder, and the second to set a job up deletes and unpacks it anew under the driver that the first one runs."""
+
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 POLL_S = 1.0
@@ -83,7 +85,7 @@ def describe(config: Config, stage: str | None, environment: Mapping[str, str]) 
     }
     return Job(
         name=f"{config.name}-{stage or 'run'}-{fingerprint}",
-        entrypoint=f"python -m pulse_ray.cli {stage or 'run'} {CONFIGURATION}",
+        entrypoint=f"printenv {CONFIGURATION} | python -m pulse_ray.cli {stage or 'run'} /dev/stdin",
         config=config.model_copy(update=changes),
         environment=environment,
     )
@@ -102,7 +104,7 @@ def _model_folders(config: Config) -> list[tuple[str, str]]:
 
 def _placed(domain: DomainConfig) -> DomainConfig:
     """A domain whose files are named by absolute paths."""
-    return domain.model_copy(update={"source": domain.source.model_copy(update={**addresses(domain)})})
+    return domain.model_copy(update={"source": domain.source.model_copy(update=dict(addresses(domain).items()))})
 
 
 def _absolute(folder: str) -> str:
@@ -162,22 +164,21 @@ def start(client: Client, job: Job, *, again: bool) -> tuple[str, bool]:
     name = next(name for name in _names(job.name) if known.get(name) not in over)
     if name in known:
         return name, False
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CONFIGURATION).write_text(job.config.to_json(), encoding="utf-8")
-        try:
-            client.submit_job(
-                entrypoint=job.entrypoint,
-                submission_id=name,
-                runtime_env={
-                    "working_dir": folder,
-                    "py_modules": [str(Path(pulse_ray.__file__).parent)],
-                    "env_vars": dict(job.environment),
-                },
-            )
-        except RuntimeError as error:
-            if "already exists" not in str(error):
-                raise
-            return name, False  # Someone else was faster.
+    try:
+        # No resources are asked for the entry point, so that Ray runs it on the head: the loss of another node costs
+        # work, the loss of the driver costs the job.
+        client.submit_job(
+            entrypoint=job.entrypoint,
+            submission_id=name,
+            runtime_env={
+                "py_modules": [str(Path(pulse_ray.__file__).parent)],
+                "env_vars": {**job.environment, CONFIGURATION: job.config.model_dump_json()},
+            },
+        )
+    except RuntimeError as error:
+        if "already exists" not in str(error):
+            raise
+        return name, False  # Someone else was faster.
     return name, True
 
 

@@ -114,7 +114,7 @@ def test_a_driver_killed_and_interrupted_gives_the_rows_of_an_undisturbed_run(
     killed = configure("killed")
     source, target = Path(_workspace(undisturbed).path), Path(_workspace(killed).path)
     _workspace(killed).claim()
-    for name in ("interactions", "items", "examples", "sasrec", "neighbours", "candidates"):
+    for name in ("interactions", "items", "examples", "sasrec", "neighbours", "candidates", "encoders"):
         shutil.copytree(source / name, target / name)
 
     def some_rationales(workspace: Workspace) -> bool:

@@ -57,8 +57,7 @@ class Cluster:
     def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any]) -> str:
         if self.raced:
             raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
-        content = json.loads((Path(runtime_env["working_dir"]) / submission.CONFIGURATION).read_text())
-        self.sent.append({"entrypoint": entrypoint, "configuration": content, **runtime_env})
+        self.sent.append({"entrypoint": entrypoint, **runtime_env})
         self.jobs[submission_id] = Entry(submission_id, Status("PENDING"))
         return submission_id
 
@@ -77,11 +76,12 @@ def test_a_job_carries_package_configuration_and_environment(tmp_path: Path) -> 
     [sent] = cluster.sent
     assert started
     assert name.startswith("quickstart-thought-space-")
-    assert sent["entrypoint"] == "python -m pulse_ray.cli thought-space configuration.json"
-    assert sent["env_vars"] == {"QUIET": "1"}
+    assert "python -m pulse_ray.cli thought-space" in sent["entrypoint"]
+    assert sent["env_vars"]["QUIET"] == "1"
+    assert "working_dir" not in sent, "nodes of one machine would share the folder, and take it from each other"
     assert [Path(module).name for module in sent["py_modules"]] == ["pulse_ray"]
     path = tmp_path / "sent.json"
-    path.write_text(json.dumps(sent["configuration"]))
+    path.write_text(sent["env_vars"][submission.CONFIGURATION])
     there = load(path)
     assert there.cluster.address == "auto"
     assert Path(there.prepare.downloads).is_absolute()
