@@ -24,7 +24,8 @@ from pulse_ray.progress import console
 
 CONFIGURATION = "PULSE_RAY_CONFIGURATION"
 """The variable that brings the configuration, as JSON. A file would need a `working_dir`: two Ray nodes of one machine
-share its folder, and the second to set a job up deletes and unpacks it anew under the driver that the first one runs."""
+share its folder, and the second to set a job up deletes and unpacks it anew, under the driver that the first one runs.
+"""
 
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
