@@ -63,11 +63,14 @@ class SyntheticSource(Section):
 
 
 class Amazon2018Source(Section):
-    """Amazon 2018 reviews and metadata, JSON lines, plain or gzip; local paths, URIs or http(s) addresses."""
+    """Amazon 2018 reviews and metadata, JSON lines, plain or gzip; local paths, URIs or http(s) addresses.
+
+    How a file is named says nothing of what is in it: fingerprints take `data.sources.identity` instead.
+    """
 
     kind: Literal["amazon2018"]
-    reviews: str
-    metadata: str | None = None
+    reviews: Annotated[str, OPERATIONAL]
+    metadata: Annotated[str | None, OPERATIONAL] = None
 
 
 Source = Annotated[SyntheticSource | Amazon2018Source, Field(discriminator="kind")]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,12 +16,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pulse_ray
-from pulse_ray.config import OPERATIONAL, Amazon2018Source, Config
+from pulse_ray.config import OPERATIONAL, Config, DomainConfig
+from pulse_ray.data.sources import addresses, identity
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.pipeline import STAGES
 from pulse_ray.progress import console
 
-CONFIGURATION = "configuration.json"
+CONFIGURATION = "PULSE_RAY_CONFIGURATION"
+"""The variable that brings the configuration, as JSON. A file would need a `working_dir`: two Ray nodes of one machine
+share its folder, and the second to set a job up deletes and unpacks it anew, under the driver that the first one runs.
+"""
+
 ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 TOKENS = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 POLL_S = 1.0
@@ -53,52 +57,55 @@ class Client(Protocol):
 def describe(config: Config, stage: str | None, environment: Mapping[str, str]) -> Job:
     """The job that runs a stage, or the whole pipeline.
 
-    Folders that are relative to where the command was given are made absolute: every node must reach them under
-    that name.
+    Folders and files that are relative to where the command was given are made absolute: every node must reach them
+    under that name.
 
     Args:
         environment: variables of the driver and its workers; `runtime.cluster` adds what workers need anywhere.
 
     Raises:
-        ConfigError: there is no such stage, or a file or model is named by a relative path.
+        ConfigError: there is no such stage, or a model is named by a relative path.
     """
     if stage is not None and stage not in STAGES:
         raise ConfigError(f"no stage '{stage}'", remedy=f"Stages are {', '.join(STAGES)}")
-    for name, path in _outside(config):
-        # Unlike folders, these enter fingerprints: a run that goes on elsewhere must find them under the same name.
-        if "://" not in path and not Path(path).expanduser().is_absolute():
-            raise ConfigError(f"{name} is the relative path '{path}'", remedy="A job needs an absolute path or a URI")
+    for name, path in _model_folders(config):
+        # Unlike other paths, these enter fingerprints: made absolute, they would be another run's.
+        if not Path(path).expanduser().is_absolute():
+            raise ConfigError(f"{name} is the relative path '{path}'", remedy="A job needs an absolute path")
     settings = [name for name, field in Config.model_fields.items() if OPERATIONAL not in field.metadata]
     storage = _absolute(config.storage)
-    fingerprint = config.fingerprint(settings, [storage])
+    fingerprint = config.fingerprint(settings, [storage, *map(identity, config.prepare.domains)])
+    places = {
+        "downloads": _absolute(config.prepare.downloads),
+        "domains": tuple(_placed(domain) for domain in config.prepare.domains),
+    }
     changes = {
         "storage": storage,
-        "prepare": config.prepare.model_copy(update={"downloads": _absolute(config.prepare.downloads)}),
+        "prepare": config.prepare.model_copy(update=places),
         "cluster": config.cluster.model_copy(update={"address": "auto"}),
     }
     return Job(
         name=f"{config.name}-{stage or 'run'}-{fingerprint}",
-        entrypoint=f"python -m pulse_ray.cli {stage or 'run'} {CONFIGURATION}",
+        entrypoint=f"printenv {CONFIGURATION} | python -m pulse_ray.cli {stage or 'run'} /dev/stdin",
         config=config.model_copy(update=changes),
         environment=environment,
     )
 
 
-def _outside(config: Config) -> list[tuple[str, str]]:
-    """Settings that name files and model folders of this machine, with their values."""
-    found = []
-    for place, domain in enumerate(config.prepare.domains):
-        if isinstance(domain.source, Amazon2018Source):
-            found.append((f"prepare.domains.{place}.source.reviews", domain.source.reviews))
-            if domain.source.metadata is not None:
-                found.append((f"prepare.domains.{place}.source.metadata", domain.source.metadata))
+def _model_folders(config: Config) -> list[tuple[str, str]]:
+    """Settings that name model folders of this machine, with their values."""
     models = {
         "engine.model": config.engine.model,
         "thought_space.model": config.thought_space.model,
         "ranker.model": config.ranker.model,
     }
     # What is no folder here is a name on the model hub.
-    return found + [(name, model) for name, model in models.items() if Path(model).expanduser().is_dir()]
+    return [(name, model) for name, model in models.items() if Path(model).expanduser().is_dir()]
+
+
+def _placed(domain: DomainConfig) -> DomainConfig:
+    """A domain whose files are named by absolute paths."""
+    return domain.model_copy(update={"source": domain.source.model_copy(update=dict(addresses(domain).items()))})
 
 
 def _absolute(folder: str) -> str:
@@ -158,22 +165,21 @@ def start(client: Client, job: Job, *, again: bool) -> tuple[str, bool]:
     name = next(name for name in _names(job.name) if known.get(name) not in over)
     if name in known:
         return name, False
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / CONFIGURATION).write_text(job.config.to_json(), encoding="utf-8")
-        try:
-            client.submit_job(
-                entrypoint=job.entrypoint,
-                submission_id=name,
-                runtime_env={
-                    "working_dir": folder,
-                    "py_modules": [str(Path(pulse_ray.__file__).parent)],
-                    "env_vars": dict(job.environment),
-                },
-            )
-        except RuntimeError as error:
-            if "already exists" not in str(error):
-                raise
-            return name, False  # Someone else was faster.
+    try:
+        # No resources are asked for the entry point, so that Ray runs it on the head: the loss of another node costs
+        # work, the loss of the driver costs the job.
+        client.submit_job(
+            entrypoint=job.entrypoint,
+            submission_id=name,
+            runtime_env={
+                "py_modules": [str(Path(pulse_ray.__file__).parent)],
+                "env_vars": {**job.environment, CONFIGURATION: job.config.model_dump_json()},
+            },
+        )
+    except RuntimeError as error:
+        if "already exists" not in str(error):
+            raise
+        return name, False  # Someone else was faster.
     return name, True
 
 

@@ -34,6 +34,7 @@ import ray.train
 import torch
 from ray.train import CheckpointUploadMode
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -207,7 +208,9 @@ def fit(
 
 def _watch(trainer: TorchTrainer, title: str) -> ray.train.Result:
     """Runs the trainer beside a progress line, in a thread so that Ctrl-C reaches us and not Ray's own handler."""
-    board = _Board.options(num_cpus=0).remote()  # type: ignore[attr-defined]
+    # On this node: it must not be lost with another one.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = _Board.options(num_cpus=0, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     trainer.train_loop_config["board"] = board
     outcome: dict[str, Any] = {}
 

@@ -25,7 +25,7 @@ LAYERS = [
 STAGE_PACKAGES = ("data", "candidates", "rationales", "thought_space", "tree", "selection", "ranker", "evaluation")
 
 SHARED = {
-    "data.sources": ("pipeline",),
+    "data.sources": ("pipeline", "submission"),
     "data.preparation": ("candidates.stage",),
     "candidates.retrieval": ("serving.app", "scoring.worker"),
     "thought_space.encoders": ("selection.*", "serving.*"),

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import accounting
 import pytest
 import tiny
 import yaml
@@ -28,40 +27,7 @@ PATIENCE_S = 600
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A small shop and models of random weights, of which nothing but emptiness is a flaw."""
-    folder = tmp_path_factory.mktemp("models")
-    text = {"history_tokens": 60, "review_words": 3}
-    sampling = {"max_tokens": 8, "min_words": 1, "attempts": 4}
-    model = str(tiny.make(folder / "llama"))
-    once = {"epochs": 1, "evaluations_per_epoch": 1.0}
-    return {
-        "name": "run",
-        "seed": 5,
-        "prepare": {
-            "domains": [{"name": "shop", "source": {"kind": "synthetic", "users": 48, "items": 60}}],
-            "min_item_interactions": 1,
-            "partitions": 2,
-            "shard_examples": 8,
-        },
-        "engine": {"model": model, "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "kv_cache_gb": 0.25},
-        "candidates": {"sasrec": {"dim": 16, "training": {**once, "batch_size": 16}}},
-        "rationales": {"text": text, "sampling": sampling, "max_reject_fraction": 0.5},
-        "thought_space": {
-            "model": str(tiny.make_encoder(folder / "bert")),
-            "max_tokens": 96,
-            "text": text,
-            "training": {**once, "batch_size": 16, "lr": 1e-3},
-        },
-        "tree": {"breadths": [2, 1], "text": text, "sampling": sampling, "max_reject_fraction": 0.5},
-        "ranker": {
-            "model": model,
-            "variants": ["none", "thought_space"],
-            "text": text,
-            "max_tokens": 192,
-            "training": {"epochs": 3, "batch_size": 8, "lr": 1e-3, "precision": "fp32", "patience": 9},
-        },
-        "evaluate": {"bootstrap_samples": 100, "report_users": 2},
-    }
+    return tiny.experiment(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -124,31 +90,15 @@ def _workspace(config: Path) -> Workspace:
     return Workspace(settings.storage, settings.name)
 
 
-def _rows(config: Path, table: str) -> list[dict[str, Any]]:
-    tables = list(_workspace(config).artefact(table).tables())
-    return pa.concat_tables(tables).to_pylist()
-
-
 @pytest.mark.slow
 def test_every_example_is_accounted_for_and_a_second_run_does_nothing(undisturbed: Path) -> None:
     workspace = _workspace(undisturbed)
-    examples = {row["example_id"]: row["split"] for row in _rows(undisturbed, "examples")}
-    for table, stage, splits in (
-        ("candidates", "candidates", ("train", "validation", "test")),
-        ("rationales", "rationales", ("train",)),
-        ("thoughts", "tree", ("train", "validation", "test")),
-        ("scores", "evaluate", ("test",)),
-    ):
-        expected = {key for key, split in examples.items() if split in splits}
-        kept = {row["example_id"] for row in _rows(undisturbed, table)}
-        rejected = [row["key"] for data in workspace.rejects(stage).tables() for row in data.to_pylist()]
-        assert len(rejected) == len(set(rejected))
-        assert kept | set(rejected) == expected, table
-        assert not kept & set(rejected), table
+    accounting.check(workspace)
     assert set(conditions(load(undisturbed)).values()) == {"complete"}
     metrics = json.loads(workspace.artefact("evaluation").read_bytes("metrics.json") or b"")
     assert {row["model"] for row in metrics} == {"popularity", "sasrec", "none", "thought_space"}
-    assert {row["n"] for row in metrics} == {sum(split == "test" for split in examples.values())}
+    tests = sum(row["split"] == "test" for row in accounting.rows(workspace, "examples"))
+    assert {row["n"] for row in metrics} == {tests}
     log = undisturbed.with_suffix(".log")
     before = len(log.read_text())
     _finish(undisturbed)
@@ -164,7 +114,7 @@ def test_a_driver_killed_and_interrupted_gives_the_rows_of_an_undisturbed_run(
     killed = configure("killed")
     source, target = Path(_workspace(undisturbed).path), Path(_workspace(killed).path)
     _workspace(killed).claim()
-    for name in ("interactions", "items", "examples", "sasrec", "neighbours", "candidates"):
+    for name in ("interactions", "items", "examples", "sasrec", "neighbours", "candidates", "encoders"):
         shutil.copytree(source / name, target / name)
 
     def some_rationales(workspace: Workspace) -> bool:
@@ -189,17 +139,12 @@ def test_a_driver_killed_and_interrupted_gives_the_rows_of_an_undisturbed_run(
     for part, content in committed.items():
         assert _workspace(killed).artefact("rationales").read_bytes(f"{part}.parquet") == content, "done again"
     _finish(killed)
-    for table, key in (
-        ("rationales", ("example_id",)),
-        ("thoughts", ("example_id", "node_id")),
-        ("reasons", ("example_id", "selector")),
-        ("scores", ("example_id", "variant")),
-    ):
+    accounting.check(_workspace(killed))
+    for table in ("rationales", "thoughts", "reasons", "scores"):
         ours, theirs = (
-            {tuple(row[k] for k in key): row for row in _rows(path, table)} for path in (killed, undisturbed)
+            {tuple(row[column] for column in accounting.KEYS[table]): row for row in accounting.rows(workspace, table)}
+            for workspace in (_workspace(killed), _workspace(undisturbed))
         )
-        counts = Counter(tuple(row[k] for k in key) for row in _rows(killed, table))
-        assert max(counts.values()) == 1, f"{table} holds a row twice"
         assert ours.keys() == theirs.keys()
         for name, row in ours.items():
             assert _plain(row) == _plain(theirs[name])

@@ -1,35 +1,31 @@
-"""Jobs on a cluster: what is sent, that the same job is not started twice, and, once, a real cluster of two nodes."""
+"""Jobs on a cluster: what is sent, that the same job is not started twice, and, once, a cluster that loses a node."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import socket
 import subprocess
 import sys
-import tempfile
 import time
-import urllib.request
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
+import accounting
+import nodes
 import pytest
+import tiny
 import yaml
 from typer.testing import CliRunner
 
 from pulse_ray import cli, submission
 from pulse_ray.config import load
 from pulse_ray.errors import ArtifactError, ConfigError
-from pulse_ray.pipeline import conditions
+from pulse_ray.pipeline import conditions, plan
+from pulse_ray.workspace import Workspace
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-PATIENCE_S = 180
 
 
 @dataclass
@@ -61,8 +57,7 @@ class Cluster:
     def submit_job(self, *, entrypoint: str, submission_id: str, runtime_env: dict[str, Any]) -> str:
         if self.raced:
             raise RuntimeError(f"Job with submission_id {submission_id} already exists.")
-        content = json.loads((Path(runtime_env["working_dir"]) / submission.CONFIGURATION).read_text())
-        self.sent.append({"entrypoint": entrypoint, "configuration": content, **runtime_env})
+        self.sent.append({"entrypoint": entrypoint, **runtime_env})
         self.jobs[submission_id] = Entry(submission_id, Status("PENDING"))
         return submission_id
 
@@ -81,11 +76,12 @@ def test_a_job_carries_package_configuration_and_environment(tmp_path: Path) -> 
     [sent] = cluster.sent
     assert started
     assert name.startswith("quickstart-thought-space-")
-    assert sent["entrypoint"] == "python -m pulse_ray.cli thought-space configuration.json"
-    assert sent["env_vars"] == {"QUIET": "1"}
+    assert "python -m pulse_ray.cli thought-space" in sent["entrypoint"]
+    assert sent["env_vars"]["QUIET"] == "1"
+    assert "working_dir" not in sent, "nodes of one machine would share the folder, and take it from each other"
     assert [Path(module).name for module in sent["py_modules"]] == ["pulse_ray"]
     path = tmp_path / "sent.json"
-    path.write_text(json.dumps(sent["configuration"]))
+    path.write_text(sent["env_vars"][submission.CONFIGURATION])
     there = load(path)
     assert there.cluster.address == "auto"
     assert Path(there.prepare.downloads).is_absolute()
@@ -140,17 +136,30 @@ def test_following_gives_the_log_and_the_jobs_exit_code(
 
 
 def test_what_the_cluster_could_not_find_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = {"kind": "amazon2018", "reviews": "reviews.json.gz"}
-    path = tmp_path / "small.yaml"
-    path.write_text(yaml.safe_dump({"name": "small", "prepare": {"domains": [{"name": "shop", "source": source}]}}))
-    with pytest.raises(ConfigError, match=r"prepare\.domains\.0\.source\.reviews is the relative path"):
-        submission.describe(load(path), None, {})
     (tmp_path / "weights").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"ranker\.model is the relative path 'weights'"):
         submission.describe(load(QUICKSTART, ["ranker.model=weights"]), None, {})
     with pytest.raises(ConfigError, match="no stage 'trees'"):
         submission.describe(load(QUICKSTART), "trees", {})
+
+
+def test_relative_files_of_a_source_are_found_under_absolute_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = {"kind": "amazon2018", "reviews": "reviews.json.gz"}
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump({"name": "small", "prepare": {"domains": [{"name": "shop", "source": source}]}}))
+    unread = submission.describe(load(path), None, {})
+    (tmp_path / "reviews.json.gz").write_bytes(b"reviews")
+    here = load(path, [f"storage={tmp_path / 'runs'}"])
+    job = submission.describe(here, None, {})
+    (sent,) = job.config.prepare.domains
+    assert sent.source.model_dump() == {**source, "reviews": str(tmp_path / "reviews.json.gz"), "metadata": None}
+    fingerprints = {name: run.fingerprint for name, run in plan(here).items()}
+    assert {name: run.fingerprint for name, run in plan(job.config).items()} == fingerprints, "another run's"
+    assert job.name != unread.name, "another file is another job"
 
 
 def test_tokens_are_on_unless_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,118 +180,55 @@ def test_a_dry_run_prints_what_the_cluster_would_see() -> None:
     assert "quickstart-tree-" in done.stderr
 
 
-@dataclass(frozen=True)
-class Nodes:
-    """Two Ray nodes on this machine, and how to reach them."""
-
-    address: str
-    environment: dict[str, str]
-    processes: list[subprocess.Popen[bytes]]
-
-
-@pytest.fixture
-def two_nodes() -> Iterator[Nodes]:
-    """A head and a second node on free ports, with a token. Ends the processes that it started, and no others."""
-    token = uuid.uuid4().hex
-    # Below /tmp itself: the path of a socket may have 107 characters, and Ray adds some 70.
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": token,
-            "RAY_TMPDIR": folder,
-            # A job's entry point is `python`: the one that has the libraries.
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        }
-        # The package comes with the job, or not at all.
-        environment.pop("PYTHONPATH", None)
-        gcs, dashboard, client = _free_ports(3)
-        head = ["--head", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
-        nodes = Nodes(f"http://127.0.0.1:{dashboard}", environment, [])
-        try:
-            for role in (head, [f"--address=127.0.0.1:{gcs}"]):
-                nodes.processes.append(_start(role, folder, environment))
-                _wait_for(nodes, token)
-            yield nodes
-        finally:
-            for process in nodes.processes:
-                _end(process)
-
-
-def _start(role: list[str], folder: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    ray = str(Path(sys.executable).parent / "ray")
-    [agent] = _free_ports(1)
-    command = [ray, "start", "--block", *role, "--node-ip-address=127.0.0.1", f"--dashboard-agent-listen-port={agent}"]
-    command += ["--num-cpus=2", f"--object-store-memory={100 * 2**20}", "--disable-usage-stats"]
-    log = (Path(folder) / f"{agent}.log").open("wb")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends `ray start --block` and all that it started, at once: asked politely, Ray drains a node for 30 s."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        ours = psutil.Process(process.pid).children(recursive=True)
-        process.kill()
-        for one in ours:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-    process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def _wait_for(nodes: Nodes, token: str) -> None:
-    """Waits until as many nodes are alive as were started, as the dashboard tells those who know the token."""
-    request = urllib.request.Request(
-        f"{nodes.address}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
-    )
-    deadline = time.monotonic() + PATIENCE_S
-    alive: list[Any] = []
-    while len(alive) < len(nodes.processes):
-        assert time.monotonic() < deadline, f"{len(alive)} of {len(nodes.processes)} nodes came up"
-        assert all(process.poll() is None for process in nodes.processes), "a node ended"
-        time.sleep(0.5)
-        with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:
-            summary = json.load(answer)["data"]["summary"]
-            alive = [one for one in summary if one["raylet"].get("state") == "ALIVE"]
-
-
 @pytest.mark.slow
-def test_a_cluster_of_two_nodes_runs_a_stage(two_nodes: Nodes, tmp_path: Path) -> None:
+def test_a_run_on_two_nodes_outlives_one_that_is_killed(tmp_path: Path) -> None:
     config = tmp_path / "small.yaml"
-    source = {"kind": "synthetic", "users": 30, "items": 40}
-    prepare = {"domains": [{"name": "shop", "source": source}], "min_item_interactions": 1, "partitions": 2}
-    config.write_text(yaml.safe_dump({"name": "small", "storage": str(tmp_path / "runs"), "prepare": prepare}))
-    command = [sys.executable, "-m", "pulse_ray.cli", "submit", str(config), "--address", two_nodes.address]
-    command += ["--stage", "prepare"]
+    settings = tiny.experiment(tmp_path)
+    settings |= {"name": "small", "storage": str(tmp_path / "runs")}
+    settings["tree"]["breadths"] = [1]
+    settings["prepare"]["shard_examples"] = 4
+    settings["select"] = {"selectors": ["thought_space"]}
+    settings["ranker"]["variants"] = ["thought_space"]
+    settings["ranker"]["training"]["epochs"] = 1
+    config.write_text(yaml.safe_dump(settings))
 
-    def call(*more: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def submit(*more: str, **environment: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "pulse_ray.cli", "submit", str(config), "--address", cluster.address]
+        return subprocess.Popen(
             [*command, *more],
-            env={**two_nodes.environment, "PYTHONPATH": str(QUICKSTART.parents[1]), **environment},
-            capture_output=True,
+            env={**cluster.environment, "PYTHONPATH": str(QUICKSTART.parents[1]), **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=PATIENCE_S,
-            check=False,
         )
 
-    refused = call(RAY_AUTH_TOKEN=uuid.uuid4().hex)
-    assert refused.returncode == 2
-    assert "refused the token" in refused.stderr
-    done = call("--follow")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "started small-prepare-" in done.stderr
-    assert "[1/1] prepare" in done.stdout
-    assert conditions(load(config))["prepare"] == "complete"
-    found = call("--follow")
-    assert found.returncode == 0
-    assert "found small-prepare-" in found.stderr
-    broken = call("--follow", "--set", "prepare.min_user_interactions=1000")
-    assert broken.returncode == 2, "the job's own exit code"
-    assert "error:" in broken.stdout
+    def finish(client: subprocess.Popen[str]) -> str:
+        return client.communicate(timeout=nodes.PATIENCE_S)[0]
+
+    with nodes.two_nodes() as cluster:
+        with cluster.head_taken():
+            run = submit("--follow")
+            # Meanwhile, what does not get as far as a stage.
+            refused, broken = submit(RAY_AUTH_TOKEN=uuid.uuid4().hex), submit("--follow", "--stage", "evaluate")
+            assert "refused the token" in finish(refused)
+            assert refused.returncode == 2
+            assert "needs 'interactions', which is missing" in finish(broken)
+            assert broken.returncode == 2, "the job's own exit code"
+            workspace = Workspace(settings["storage"], settings["name"])
+            deadline = time.monotonic() + nodes.PATIENCE_S
+            while not workspace.artefact("thoughts").parts():
+                assert run.poll() is None, finish(run)
+                assert time.monotonic() < deadline, "no tree was grown"
+                time.sleep(0.1)
+            lost = cluster.kill_last()
+            assert conditions(load(config))["tree"] == "partial", "the stage was not in the middle"
+            assert any("_Committer" in name for name in lost), f"no work was lost, only {lost}"
+        log = finish(run)
+        assert run.returncode == 0, log
+        found = submit("--follow")
+        assert "found small-run-" in finish(found)
+        assert found.returncode == 0
+    assert "started small-run-" in log
+    assert "[8/8] evaluate" in log
+    assert set(conditions(load(config)).values()) == {"complete"}
+    accounting.check(workspace)

@@ -1,8 +1,9 @@
-"""Models that are made in a second and know nothing: real tokenizers before random weights."""
+"""Models that are made in a second and know nothing: real tokenizers before random weights. And a run on them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
@@ -46,3 +47,39 @@ def make_encoder(folder: Path) -> Path:
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def experiment(folder: Path) -> dict[str, Any]:
+    """Settings of a run in a small shop with models in `folder`, of which nothing but emptiness is a flaw."""
+    text = {"history_tokens": 60, "review_words": 3}
+    sampling = {"max_tokens": 8, "min_words": 1, "attempts": 4}
+    model = str(make(folder / "llama"))
+    once = {"epochs": 1, "evaluations_per_epoch": 1.0}
+    return {
+        "name": "run",
+        "seed": 5,
+        "prepare": {
+            "domains": [{"name": "shop", "source": {"kind": "synthetic", "users": 48, "items": 60}}],
+            "min_item_interactions": 1,
+            "partitions": 2,
+            "shard_examples": 8,
+        },
+        "engine": {"model": model, "dtype": "float32", "max_model_len": 512, "max_num_seqs": 16, "kv_cache_gb": 0.25},
+        "candidates": {"sasrec": {"dim": 16, "training": {**once, "batch_size": 16}}},
+        "rationales": {"text": text, "sampling": sampling, "max_reject_fraction": 0.5},
+        "thought_space": {
+            "model": str(make_encoder(folder / "bert")),
+            "max_tokens": 96,
+            "text": text,
+            "training": {**once, "batch_size": 16, "lr": 1e-3},
+        },
+        "tree": {"breadths": [2, 1], "text": text, "sampling": sampling, "max_reject_fraction": 0.5},
+        "ranker": {
+            "model": model,
+            "variants": ["none", "thought_space"],
+            "text": text,
+            "max_tokens": 192,
+            "training": {"epochs": 3, "batch_size": 8, "lr": 1e-3, "precision": "fp32", "patience": 9},
+        },
+        "evaluate": {"bootstrap_samples": 100, "report_users": 2},
+    }
