@@ -164,7 +164,8 @@ def test_relative_files_of_a_source_are_found_under_absolute_names(
 
 def test_tokens_are_on_unless_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*submission.TOKENS, "RAY_AUTH_MODE"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # So that what `connect` sets is taken back.
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(ArtifactError, match="no token for the Ray cluster"):
         submission.connect("http://127.0.0.1:1")
