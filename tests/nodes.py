@@ -20,6 +20,8 @@ from typing import Any
 
 import psutil
 
+from pulse_ray import runtime
+
 PATIENCE_S = 180
 CPUS = 2
 """Logical CPUs of each node."""
@@ -108,6 +110,8 @@ class Nodes:
 def two_nodes() -> Iterator[Nodes]:
     """Ends the processes that it started, and no others."""
     token = uuid.uuid4().hex
+    # As on a local Ray, or rows made there could not be compared: kernels and threads decide how sums are rounded.
+    runtime._prepare_environment()
     # Below /tmp itself: the path of a socket may have 107 characters, and Ray adds some 70.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         environment = {
