@@ -417,8 +417,8 @@ def _print_results(config: Config, path: Path) -> None:
 
     _show(metrics_table(metrics(config)))
     typer.echo(f"Report:  {report_address(config)}")
-    typer.echo(f"Status:  pulse-ray status {path}")
-    if "serve" in {command.name for command in app.registered_commands}:
+    if path.is_file():  # A job reads its configuration from a pipe.
+        typer.echo(f"Status:  pulse-ray status {path}")
         typer.echo(f"Serve:   pulse-ray serve {path}")
 
 
