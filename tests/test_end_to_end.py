@@ -1,4 +1,8 @@
-"""The whole pipeline, real vLLM, DeepSpeed and Ray on tiny random models: undisturbed, and killed and interrupted."""
+"""The whole pipeline, real vLLM, DeepSpeed and Ray on tiny random models, disturbed in two ways that must not show.
+
+As a job on two nodes, the second of which is killed in the middle of the trees; and on this machine alone, with a
+driver that is killed, interrupted and killed again. Both must account for every example, and agree on every row.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import accounting
+import nodes
 import pytest
 import tiny
 import yaml
@@ -23,6 +30,9 @@ from pulse_ray.pipeline import STAGES, conditions
 from pulse_ray.workspace import Workspace
 
 PATIENCE_S = 600
+
+ARITHMETIC = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "OMP_NUM_THREADS": "2"}
+"""Environment of both runs: sums come out alike, to the last digits, where they are taken in the same order."""
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +53,62 @@ def configure(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     return write
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that went on without its second node."""
+
+    config: Path
+    log: str
+    """What `submit --follow` printed."""
+    condition: str
+    """Of the stage `tree` when the node was killed."""
+    lost: list[str]
+    """Classes of the actors that lived there."""
+    found: str
+    """What the same command printed afterwards."""
+
+
 @pytest.fixture(scope="module")
-def undisturbed(configure: Callable[[str], Path]) -> Path:
-    """A finished run."""
-    path = configure("undisturbed")
-    _finish(path)
-    return path
+def job(configure: Callable[[str], Path]) -> Job:
+    """A finished run. Its second node did all the work up to the middle of the trees, and was killed then."""
+    config = configure("job")
+    workspace = _workspace(config)
+    with nodes.two_nodes(ARITHMETIC) as cluster:
+        with cluster.head_taken():
+            client = _submit(cluster, config, "--follow")
+            # Meanwhile, what does not get as far as a stage.
+            stranger = _submit(cluster, config, RAY_AUTH_TOKEN=uuid.uuid4().hex)
+            early = _submit(cluster, config, "--follow", "--stage", "evaluate")
+            assert "refused the token" in _output(stranger, 2)
+            assert "needs 'interactions', which is missing" in _output(early, 2), "the job's own exit code"
+            deadline = time.monotonic() + PATIENCE_S
+            while not workspace.artefact("thoughts").parts():
+                assert client.poll() is None, _output(client, 0)
+                assert time.monotonic() < deadline, "no tree was grown"
+                time.sleep(0.1)
+            lost = cluster.kill_last()
+            condition = conditions(load(config))["tree"]
+        log = _output(client, 0)
+        found = _output(_submit(cluster, config, "--follow"), 0)
+    return Job(config=config, log=log, condition=condition, lost=lost, found=found)
+
+
+def _submit(cluster: nodes.Nodes, config: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pulse_ray.cli", "submit", str(config), "--address", cluster.address]
+    return subprocess.Popen(
+        [*command, *options],
+        # The cluster itself knows nothing of the package.
+        env={**cluster.environment, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _output(client: subprocess.Popen[str], code: int) -> str:
+    output, _ = client.communicate(timeout=PATIENCE_S)
+    assert client.returncode == code, output
+    return output
 
 
 def _start(config: Path) -> subprocess.Popen[str]:
@@ -59,6 +119,7 @@ def _start(config: Path) -> subprocess.Popen[str]:
         stdout=log,
         stderr=log,
         text=True,
+        env={**os.environ, **ARITHMETIC},
         # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
@@ -91,28 +152,32 @@ def _workspace(config: Path) -> Workspace:
 
 
 @pytest.mark.slow
-def test_every_example_is_accounted_for_and_a_second_run_does_nothing(undisturbed: Path) -> None:
-    workspace = _workspace(undisturbed)
+def test_a_job_outlives_a_node_that_is_killed(job: Job) -> None:
+    assert job.condition == "partial", "the node was not killed in the middle of the stage"
+    assert any("_Committer" in name for name in job.lost), f"no work was lost, only {job.lost}"
+    assert "started run-run-" in job.log
+    assert f"[{len(STAGES)}/{len(STAGES)}] evaluate" in job.log
+    assert "found run-run-" in job.found, "the same job is not started twice"
+
+
+@pytest.mark.slow
+def test_every_example_is_accounted_for_and_a_second_run_does_nothing(job: Job) -> None:
+    workspace = _workspace(job.config)
     accounting.check(workspace)
-    assert set(conditions(load(undisturbed)).values()) == {"complete"}
+    assert set(conditions(load(job.config)).values()) == {"complete"}
     metrics = json.loads(workspace.artefact("evaluation").read_bytes("metrics.json") or b"")
     assert {row["model"] for row in metrics} == {"popularity", "sasrec", "none", "thought_space"}
     tests = sum(row["split"] == "test" for row in accounting.rows(workspace, "examples"))
     assert {row["n"] for row in metrics} == {tests}
-    log = undisturbed.with_suffix(".log")
-    before = len(log.read_text())
-    _finish(undisturbed)
-    again = log.read_text()[before:]
+    again = _finish(job.config)
     assert again.count("complete already") == len(STAGES)
     assert "report.html" in again
 
 
 @pytest.mark.slow
-def test_a_driver_killed_and_interrupted_gives_the_rows_of_an_undisturbed_run(
-    undisturbed: Path, configure: Callable[[str], Path]
-) -> None:
+def test_a_driver_killed_and_interrupted_gives_the_same_rows(job: Job, configure: Callable[[str], Path]) -> None:
     killed = configure("killed")
-    source, target = Path(_workspace(undisturbed).path), Path(_workspace(killed).path)
+    source, target = Path(_workspace(job.config).path), Path(_workspace(killed).path)
     _workspace(killed).claim()
     for name in ("interactions", "items", "examples", "sasrec", "neighbours", "candidates", "encoders"):
         shutil.copytree(source / name, target / name)
@@ -143,7 +208,7 @@ def test_a_driver_killed_and_interrupted_gives_the_rows_of_an_undisturbed_run(
     for table in ("rationales", "thoughts", "reasons", "scores"):
         ours, theirs = (
             {tuple(row[column] for column in accounting.KEYS[table]): row for row in accounting.rows(workspace, table)}
-            for workspace in (_workspace(killed), _workspace(undisturbed))
+            for workspace in (_workspace(killed), _workspace(job.config))
         )
         assert ours.keys() == theirs.keys()
         for name, row in ours.items():

@@ -1,21 +1,14 @@
-"""Jobs on a cluster: what is sent, that the same job is not started twice, and, once, a cluster that loses a node."""
+"""Jobs on a cluster: what is sent, that the same job is not started twice, and what is refused."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
-import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import accounting
-import nodes
 import pytest
-import tiny
 import yaml
 from typer.testing import CliRunner
 
@@ -23,7 +16,6 @@ from pulse_ray import cli, submission
 from pulse_ray.config import load
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.pipeline import conditions, plan
-from pulse_ray.workspace import Workspace
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
@@ -178,57 +170,3 @@ def test_a_dry_run_prints_what_the_cluster_would_see() -> None:
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["cluster"]["address"] == "auto"
     assert "quickstart-tree-" in done.stderr
-
-
-@pytest.mark.slow
-def test_a_run_on_two_nodes_outlives_one_that_is_killed(tmp_path: Path) -> None:
-    config = tmp_path / "small.yaml"
-    settings = tiny.experiment(tmp_path)
-    settings |= {"name": "small", "storage": str(tmp_path / "runs")}
-    settings["tree"]["breadths"] = [1]
-    settings["prepare"]["shard_examples"] = 4
-    settings["select"] = {"selectors": ["thought_space"]}
-    settings["ranker"]["variants"] = ["thought_space"]
-    settings["ranker"]["training"]["epochs"] = 1
-    config.write_text(yaml.safe_dump(settings))
-
-    def submit(*more: str, **environment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "pulse_ray.cli", "submit", str(config), "--address", cluster.address]
-        return subprocess.Popen(
-            [*command, *more],
-            env={**cluster.environment, "PYTHONPATH": str(QUICKSTART.parents[1]), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def finish(client: subprocess.Popen[str]) -> str:
-        return client.communicate(timeout=nodes.PATIENCE_S)[0]
-
-    with nodes.two_nodes() as cluster:
-        with cluster.head_taken():
-            run = submit("--follow")
-            # Meanwhile, what does not get as far as a stage.
-            refused, broken = submit(RAY_AUTH_TOKEN=uuid.uuid4().hex), submit("--follow", "--stage", "evaluate")
-            assert "refused the token" in finish(refused)
-            assert refused.returncode == 2
-            assert "needs 'interactions', which is missing" in finish(broken)
-            assert broken.returncode == 2, "the job's own exit code"
-            workspace = Workspace(settings["storage"], settings["name"])
-            deadline = time.monotonic() + nodes.PATIENCE_S
-            while not workspace.artefact("thoughts").parts():
-                assert run.poll() is None, finish(run)
-                assert time.monotonic() < deadline, "no tree was grown"
-                time.sleep(0.1)
-            lost = cluster.kill_last()
-            assert conditions(load(config))["tree"] == "partial", "the stage was not in the middle"
-            assert any("_Committer" in name for name in lost), f"no work was lost, only {lost}"
-        log = finish(run)
-        assert run.returncode == 0, log
-        found = submit("--follow")
-        assert "found small-run-" in finish(found)
-        assert found.returncode == 0
-    assert "started small-run-" in log
-    assert "[8/8] evaluate" in log
-    assert set(conditions(load(config)).values()) == {"complete"}
-    accounting.check(workspace)
