@@ -417,6 +417,8 @@ def _print_results(config: Config, path: Path) -> None:
 
     _show(metrics_table(metrics(config)))
     typer.echo(f"Report:  {report_address(config)}")
+    if not path.is_file():
+        return  # A job's configuration came through a pipe: no command finds it again.
     typer.echo(f"Status:  pulse-ray status {path}")
     if "serve" in {command.name for command in app.registered_commands}:
         typer.echo(f"Serve:   pulse-ray serve {path}")
