@@ -12,15 +12,13 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
-
-from pulse_ray import runtime
 
 PATIENCE_S = 180
 CPUS = 2
@@ -107,11 +105,13 @@ class Nodes:
 
 
 @contextmanager
-def two_nodes() -> Iterator[Nodes]:
-    """Ends the processes that it started, and no others."""
+def two_nodes(variables: Mapping[str, str] | None = None) -> Iterator[Nodes]:
+    """Ends the processes that it started, and no others.
+
+    Args:
+        variables: more of the nodes' environment.
+    """
     token = uuid.uuid4().hex
-    # As on a local Ray, or rows made there could not be compared: kernels and threads decide how sums are rounded.
-    runtime._prepare_environment()
     # Below /tmp itself: the path of a socket may have 107 characters, and Ray adds some 70.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         environment = {
@@ -127,6 +127,7 @@ def two_nodes() -> Iterator[Nodes]:
         }
         # The package comes with the job, or not at all.
         environment.pop("PYTHONPATH", None)
+        environment |= variables or {}
         gcs, dashboard, client = _free_ports(3)
         nodes = Nodes(Path(folder), token, gcs, f"http://127.0.0.1:{dashboard}", environment)
         ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]

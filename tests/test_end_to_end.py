@@ -1,5 +1,8 @@
-"""The whole pipeline, real vLLM, DeepSpeed and Ray on tiny random models, disturbed in two ways that must end alike: as
-a job on two nodes of which one is killed, and on one machine, its driver killed and interrupted."""
+"""The whole pipeline, real vLLM, DeepSpeed and Ray on tiny random models, disturbed in two ways that must not show.
+
+As a job on two nodes, the second of which is killed in the middle of the trees; and on this machine alone, with a
+driver that is killed, interrupted and killed again. Both must account for every example, and agree on every row.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,10 @@ from pulse_ray.config import load
 from pulse_ray.pipeline import STAGES, conditions
 from pulse_ray.workspace import Workspace
 
-ROOT = Path(__file__).parents[1]
 PATIENCE_S = 600
+
+ARITHMETIC = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "OMP_NUM_THREADS": "2"}
+"""Environment of both runs: sums come out alike, to the last digits, where they are taken in the same order."""
 
 
 @pytest.fixture(scope="module")
@@ -47,48 +53,62 @@ def configure(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
     return write
 
 
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run that went on without its second node."""
+
+    config: Path
+    log: str
+    """What `submit --follow` printed."""
+    condition: str
+    """Of the stage `tree` when the node was killed."""
+    lost: list[str]
+    """Classes of the actors that lived there."""
+    found: str
+    """What the same command printed afterwards."""
+
+
 @pytest.fixture(scope="module")
-def outlived(configure: Callable[[str], Path]) -> Path:
-    """A run that was submitted to two nodes, and has outlived one of them, killed while it grew trees."""
-    path = configure("outlived")
-
-    def submit(*more: str, **environment: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "pulse_ray.cli", "submit", str(path), "--address", cluster.address, *more],
-            env={**cluster.environment, "PYTHONPATH": str(ROOT), **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def end(client: subprocess.Popen[str]) -> str:
-        return client.communicate(timeout=PATIENCE_S)[0]
-
-    with nodes.two_nodes() as cluster:
+def job(configure: Callable[[str], Path]) -> Job:
+    """A finished run. Its second node did all the work up to the middle of the trees, and was killed then."""
+    config = configure("job")
+    workspace = _workspace(config)
+    with nodes.two_nodes(ARITHMETIC) as cluster:
         with cluster.head_taken():
-            run = submit("--follow")
+            client = _submit(cluster, config, "--follow")
             # Meanwhile, what does not get as far as a stage.
-            refused, broken = submit(RAY_AUTH_TOKEN=uuid.uuid4().hex), submit("--follow", "--stage", "evaluate")
-            assert "refused the token" in end(refused)
-            assert refused.returncode == 2
-            assert "needs 'interactions', which is missing" in end(broken)
-            assert broken.returncode == 2, "the job's own exit code"
+            stranger = _submit(cluster, config, RAY_AUTH_TOKEN=uuid.uuid4().hex)
+            early = _submit(cluster, config, "--follow", "--stage", "evaluate")
+            assert "refused the token" in _output(stranger, 2)
+            assert "needs 'interactions', which is missing" in _output(early, 2), "the job's own exit code"
             deadline = time.monotonic() + PATIENCE_S
-            while not _some_thoughts(_workspace(path)):
-                assert run.poll() is None, end(run)
+            while not workspace.artefact("thoughts").parts():
+                assert client.poll() is None, _output(client, 0)
                 assert time.monotonic() < deadline, "no tree was grown"
                 time.sleep(0.1)
             lost = cluster.kill_last()
-            assert conditions(load(path))["tree"] == "partial", "the stage was not in the middle"
-            assert any("_Committer" in name for name in lost), f"no work was lost, only {lost}"
-        log = end(run)
-        assert run.returncode == 0, log
-        assert "started run-run-" in log
-        assert "[8/8] evaluate" in log
-        found = submit("--follow")
-        assert "found run-run-" in end(found)
-        assert found.returncode == 0
-    return path
+            condition = conditions(load(config))["tree"]
+        log = _output(client, 0)
+        found = _output(_submit(cluster, config, "--follow"), 0)
+    return Job(config=config, log=log, condition=condition, lost=lost, found=found)
+
+
+def _submit(cluster: nodes.Nodes, config: Path, *options: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pulse_ray.cli", "submit", str(config), "--address", cluster.address]
+    return subprocess.Popen(
+        [*command, *options],
+        # The cluster itself knows nothing of the package.
+        env={**cluster.environment, "PYTHONPATH": str(Path(__file__).parents[1]), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _output(client: subprocess.Popen[str], code: int) -> str:
+    output, _ = client.communicate(timeout=PATIENCE_S)
+    assert client.returncode == code, output
+    return output
 
 
 def _start(config: Path) -> subprocess.Popen[str]:
@@ -99,6 +119,7 @@ def _start(config: Path) -> subprocess.Popen[str]:
         stdout=log,
         stderr=log,
         text=True,
+        env={**os.environ, **ARITHMETIC},
         # Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
     )
@@ -130,36 +151,42 @@ def _workspace(config: Path) -> Workspace:
     return Workspace(settings.storage, settings.name)
 
 
-def _some_thoughts(workspace: Workspace) -> bool:
-    return len(workspace.artefact("thoughts").parts()) > 0 and workspace.artefact("thoughts").manifest() is None
+@pytest.mark.slow
+def test_a_job_outlives_a_node_that_is_killed(job: Job) -> None:
+    assert job.condition == "partial", "the node was not killed in the middle of the stage"
+    assert any("_Committer" in name for name in job.lost), f"no work was lost, only {job.lost}"
+    assert "started run-run-" in job.log
+    assert f"[{len(STAGES)}/{len(STAGES)}] evaluate" in job.log
+    assert "found run-run-" in job.found, "the same job is not started twice"
 
 
 @pytest.mark.slow
-def test_a_run_outlives_a_node_with_every_example_accounted_for_and_a_second_run_does_nothing(outlived: Path) -> None:
-    workspace = _workspace(outlived)
+def test_every_example_is_accounted_for_and_a_second_run_does_nothing(job: Job) -> None:
+    workspace = _workspace(job.config)
     accounting.check(workspace)
-    assert set(conditions(load(outlived)).values()) == {"complete"}
+    assert set(conditions(load(job.config)).values()) == {"complete"}
     metrics = json.loads(workspace.artefact("evaluation").read_bytes("metrics.json") or b"")
     assert {row["model"] for row in metrics} == {"popularity", "sasrec", "none", "thought_space"}
     tests = sum(row["split"] == "test" for row in accounting.rows(workspace, "examples"))
     assert {row["n"] for row in metrics} == {tests}
-    again = _finish(outlived)
+    again = _finish(job.config)
     assert again.count("complete already") == len(STAGES)
     assert "report.html" in again
 
 
 @pytest.mark.slow
-def test_a_driver_killed_and_interrupted_gives_the_rows_of_the_run_that_lost_a_node(
-    outlived: Path, configure: Callable[[str], Path]
-) -> None:
+def test_a_driver_killed_and_interrupted_gives_the_same_rows(job: Job, configure: Callable[[str], Path]) -> None:
     killed = configure("killed")
-    source, target = Path(_workspace(outlived).path), Path(_workspace(killed).path)
+    source, target = Path(_workspace(job.config).path), Path(_workspace(killed).path)
     _workspace(killed).claim()
     for name in ("interactions", "items", "examples", "sasrec", "neighbours", "candidates", "encoders"):
         shutil.copytree(source / name, target / name)
 
     def some_rationales(workspace: Workspace) -> bool:
         return len(workspace.artefact("rationales").parts()) > 0 and workspace.artefact("rationales").manifest() is None
+
+    def some_thoughts(workspace: Workspace) -> bool:
+        return len(workspace.artefact("thoughts").parts()) > 0 and workspace.artefact("thoughts").manifest() is None
 
     def first_checkpoint(workspace: Workspace) -> bool:
         return len(list(Path(workspace.path).glob("ranker/none/checkpoints/run/checkpoint_*"))) > 0
@@ -170,7 +197,7 @@ def test_a_driver_killed_and_interrupted_gives_the_rows_of_the_run_that_lost_a_n
         for part in _workspace(killed).artefact("rationales").parts()
     }
     assert conditions(load(killed))["rationales"] == "partial"
-    interrupted = _stop_when(killed, _some_thoughts, signal.SIGINT)
+    interrupted = _stop_when(killed, some_thoughts, signal.SIGINT)
     assert interrupted == 130, killed.with_suffix(".log").read_text()
     assert conditions(load(killed))["tree"] == "partial"
     _stop_when(killed, first_checkpoint, signal.SIGKILL)
@@ -181,7 +208,7 @@ def test_a_driver_killed_and_interrupted_gives_the_rows_of_the_run_that_lost_a_n
     for table in ("rationales", "thoughts", "reasons", "scores"):
         ours, theirs = (
             {tuple(row[column] for column in accounting.KEYS[table]): row for row in accounting.rows(workspace, table)}
-            for workspace in (_workspace(killed), _workspace(outlived))
+            for workspace in (_workspace(killed), _workspace(job.config))
         )
         assert ours.keys() == theirs.keys()
         for name, row in ours.items():

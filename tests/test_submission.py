@@ -1,4 +1,4 @@
-"""Jobs on a cluster: what is sent, that the same job is not started twice, and, once, a cluster that loses a node."""
+"""Jobs on a cluster: what is sent, that the same job is not started twice, and what is refused."""
 
 from __future__ import annotations
 
