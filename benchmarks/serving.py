@@ -22,7 +22,8 @@ for rankings of 20 candidates, as many as the service finds by itself, for users
 of history and reason, 22 of each candidate):
 
   closed loop   1, 8 and 64 clients that wait for each answer, in turn, several rounds. The best rate is the capacity.
-  open loop     requests at 1.5 times the capacity that wait for nothing.
+  open loop     requests at 1.5 times the capacity that wait for nothing; then a burst of some 300 at once, more than
+                the application lets in.
   peer          the same model and application; the ranker takes one request at a time, and runs a sequence for
                 each candidate (all in one padded batch or one by one, whichever is faster here). Also with 10
                 candidates, where packing saves less; that ratio is reported and has no bar.
@@ -41,6 +42,8 @@ PEER_CLIENTS = 2
 """One request is worked on, and the next one waits: the peer never stands still."""
 OVERLOAD = 1.5
 CANDIDATES = 20
+BURST_RATE, BURST_S = 3000, 0.1
+"""A burst: requests a second, for so many seconds."""
 FEW_CANDIDATES = 10
 FEW_CLIENTS = 8
 SEED = 0
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = _config(folder)
         _shop.make(config, SEED)
         bodies, few = (_shop.requests(candidates, SEED) for candidates in (CANDIDATES, FEW_CANDIDATES))
-        ours, ours_few, overload, packed = _ours(config, Ranker, bodies, few, sizes)
+        ours, ours_few, overload, burst, packed = _ours(config, Ranker, bodies, few, sizes)
         peer, peer_few, separate, at_once = _peer(config, SeparateRanker, bodies, few, sizes)
         shapes = _shapes(config, bodies)
     best = max(ours, key=lambda clients: ours[clients].rate)
@@ -97,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "capacity_requests_per_s": round(ours[best].rate, 3),
         "capacity_clients": best,
         "open_loop": {"times_capacity": OVERLOAD, **overload.figures()},
+        "burst": burst.figures(),
         "peer": {"sequences": at_once, "clients": PEER_CLIENTS, **peer.figures()},
         "few_candidates": {
             "candidates": FEW_CANDIDATES,
@@ -107,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else None,
         },
     }
-    loads = [*ours.values(), ours_few, overload, peer, peer_few]
+    loads = [*ours.values(), ours_few, overload, burst, peer, peer_few]
     return report("serving", figures, _bars(loads, ours[best], overload, peer, packed, separate))
 
 
@@ -127,12 +131,13 @@ def _config(folder: str) -> Config:
 
 def _ours(
     config: Config, ranker: type[Ranker], bodies: Sequence[Any], few: Sequence[Any], sizes: Sizes
-) -> tuple[dict[int, Load], Load, Load, dict[str, float]]:
-    """Closed loops by the number of clients, one with few candidates, the open loop, and the logits of one request."""
+) -> tuple[dict[int, Load], Load, Load, Load, dict[str, float]]:
+    """Closed loops by the number of clients, one with few candidates, the open loop, the burst, and some logits."""
     from benchmarks._load import Load, closed, open_
     from pulse_ray.serving.app import serving
 
-    loops, few_load, overload = {clients: Load() for clients in CLIENTS}, Load(), Load()
+    loops = {clients: Load() for clients in CLIENTS}
+    few_load, overload, burst = Load(), Load(), Load()
     _say("starting the packed ranker")
     with serving(config, ranker) as address:
         logits = _logits(address, bodies[0])
@@ -146,9 +151,11 @@ def _ours(
             f"{rate:.2f} requests/s offered: {overload.rate:.2f} accepted, {overload.statuses[429]} of {overload.sent} "
             f"refused, p99 {overload.p99_s:.2f} s"
         )
+        open_(burst, f"{address}/v1/rank", bodies, rate=BURST_RATE, seconds=BURST_S, seed=SEED)
+        _say(f"burst: {burst.accepted} accepted, {burst.statuses[429]} of {burst.sent} refused")
         closed(few_load, f"{address}/v1/rank", few, clients=FEW_CLIENTS, seconds=sizes.few_s)
         _say(f"{FEW_CANDIDATES} candidates: {few_load.rate:.2f} requests/s, p99 {few_load.p99_s:.2f} s")
-    return loops, few_load, overload, logits
+    return loops, few_load, overload, burst, logits
 
 
 def _peer(
