@@ -391,7 +391,8 @@ class ServeConfig(Section):
         replicas=PoolConfig(cpus=0.5), max_ongoing_requests=64, max_queued_requests=128, target_ongoing_requests=32
     )
     retriever: DeploymentConfig = DeploymentConfig(replicas=PoolConfig(cpus=0.5))
-    ranker: RankingConfig = RankingConfig(max_ongoing_requests=32)
+    # More than the ingress takes: `max_wait_s` decides who waits, and sees only what has come to the replica.
+    ranker: RankingConfig = RankingConfig(max_ongoing_requests=128)
     reasoner: ReasonerConfig = ReasonerConfig(max_ongoing_requests=4, max_queued_requests=8, target_ongoing_requests=2)
 
     @field_validator("store")

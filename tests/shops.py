@@ -57,6 +57,7 @@ def stage(name: str, folder: Path, parts: dict[str, Sequence[Example]], settings
         }
         for item in ITEMS["shop"].values()
     ]
+    run.workspace.claim()
     run.workspace.artefact("items").write("all", table("items", items))
     for part, examples in parts.items():
         run.workspace.artefact("examples").write(part, table("examples", map(_example_row, examples)))

@@ -35,6 +35,8 @@ from pulse_ray.workspace import Workspace
 from tests.serving import shop
 from tests.serving.conftest import free_port
 
+PATIENT = {"max_wait_s": 60}
+"""A busy machine is no reason to refuse a request here."""
 SWAP_TIMEOUT_S = 240
 """Seconds; a busy machine takes its time to start replicas."""
 
@@ -43,7 +45,7 @@ SWAP_TIMEOUT_S = 240
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A finished run, its profiles in the store."""
     storage = tmp_path_factory.mktemp("served")
-    settings = shop.config(storage, serve={"port": free_port(), "retrieve_k": 7})
+    settings = shop.config(storage, serve={"port": free_port(), "retrieve_k": 7, "ranker": PATIENT})
     shop.make(settings)
     shop.add_models(settings)
     assert filling.fill(settings) == shop.USERS

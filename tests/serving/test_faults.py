@@ -50,6 +50,8 @@ def config(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer) 
             "port": free_port(),
             "store": redis_server.url,
             "timeout_s": 60,
+            # A busy machine is no reason to refuse a request here.
+            "ranker": {"max_wait_s": 60},
             "reasoner": {"enabled": True, "time_limit_s": 5},
         },
     )
