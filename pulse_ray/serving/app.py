@@ -26,7 +26,7 @@ from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from pulse_ray import catalogue, models
-from pulse_ray.config import Config, DeploymentConfig, SamplingConfig, load
+from pulse_ray.config import Config, DeploymentConfig, ReasonerConfig, SamplingConfig, ServeConfig, load
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.ranker.prompts import RankRow
 from pulse_ray.runtime import cluster
@@ -50,6 +50,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 HEALTH_CHECK_PERIOD_S = 2.0
 """A replica that died is missed after so long; Serve's own ten seconds are most of what a recovery would take."""
+
+GRACE_S = 5.0
+"""What a replica that is replaced has beyond the time limit of its requests."""
 
 RUN_POLL_S = 5.0
 """How often a service that waits for its run looks for it."""
@@ -347,18 +350,18 @@ def application(config: Config, ranker_class: type[Ranker] = Ranker) -> serve.Ap
     for name in ("items", "sasrec", "ranker", *(("encoders",) if selects else ())):
         finished(workspace, name)
     models.resolve(config.ranker.model)
-    retriever = _deployment(Retriever, section.retriever, section.retry_after_s).bind(config)
-    ranker = _deployment(
-        ranker_class, section.ranker, section.retry_after_s, user_config={"adapter": section.ranker.adapter}
-    ).bind(config)
+    retriever = _deployment(Retriever, section.retriever, section).bind(config)
+    ranker = _deployment(ranker_class, section.ranker, section, user_config={"adapter": section.ranker.adapter}).bind(
+        config
+    )
     reasoner = None
     if section.reasoner.enabled:
-        reasoner = _deployment(Reasoner, section.reasoner, section.retry_after_s).bind(config)
-    ingress = _deployment(serve.ingress(None)(Ingress), section.ingress, section.retry_after_s)
+        reasoner = _deployment(Reasoner, section.reasoner, section).bind(config)
+    ingress = _deployment(serve.ingress(None)(Ingress), section.ingress, section)
     return ingress.bind(config, digests, retriever, ranker, reasoner)
 
 
-def _deployment(kind: type, section: DeploymentConfig, retry_after_s: int, **more: Any) -> serve.Deployment:
+def _deployment(kind: type, section: DeploymentConfig, common: ServeConfig, **more: Any) -> serve.Deployment:
     replicas = section.replicas
     if replicas.max > replicas.min:
         more["autoscaling_config"] = {
@@ -374,7 +377,10 @@ def _deployment(kind: type, section: DeploymentConfig, retry_after_s: int, **mor
         max_ongoing_requests=section.max_ongoing_requests,
         max_queued_requests=section.max_queued_requests,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
-        backpressure_config={"status_code": BusyError.status, "retry_after_s": retry_after_s},
+        backpressure_config={"status_code": BusyError.status, "retry_after_s": common.retry_after_s},
+        # A replica that is replaced ends its requests, however long they may take.
+        graceful_shutdown_timeout_s=GRACE_S
+        + (section.time_limit_s if isinstance(section, ReasonerConfig) else common.timeout_s),
         **more,
     )(kind)
 
