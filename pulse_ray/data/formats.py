@@ -25,7 +25,7 @@ from pulse_ray.errors import DataError
 
 Container = Literal["json", "csv", "parquet"]
 SNIFFED_LINES = 100
-"""Lines among which the first usable one tells the format."""
+"""Lines that tell the format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,8 @@ NAMES: dict[tuple[str, FileKind], dict[str, tuple[str, ...]]] = {
         "categories": ("categories",),
     },
 }
+LISTS = ("items", "category", "categories", "features")
+"""Columns that hold lists where the first lines do not show it."""
 COLUMNS: dict[FileKind, tuple[str, ...]] = {
     "interactions": ("user_id", "item_id", "timestamp", "rating", "review", "title"),
     "items": ("item_id", "title", "description", "brand", "categories"),
@@ -87,7 +89,7 @@ NEEDED: dict[FileKind, tuple[str, ...]] = {"interactions": ("user_id", "item_id"
 
 
 def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Format:
-    """The format of a file, from the configuration or else from its ending and its first usable line.
+    """The format of a file, from the configuration or else from its ending and its first lines.
 
     Raises:
         DataError: it is of no known format, or lacks a column that is needed.
@@ -100,7 +102,7 @@ def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Fo
         return _named(address, role, source, "parquet", dict.fromkeys(schema.names), lists)
     if stem.endswith((".inter", ".item", ".csv", ".tsv")) or source.kind == "recbole":
         return _separated(address, role, source, downloads)
-    example, literal = _first_object(address, downloads)
+    example, literal = _example(address, downloads)
     kind = source.kind if source.kind not in ("auto", "sequences") else _kind(example, role)
     if kind == "auto":
         keys = ", ".join(list(example)[:8])
@@ -110,14 +112,15 @@ def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Fo
         )
     if kind == "table":
         lists = [key for key, value in example.items() if isinstance(value, list)]
-        return _named(address, role, source, "json", example, lists)
+        every = [getattr(source.columns, ours) for ours in COLUMNS[role] if ours not in NEEDED[role]]
+        return _named(address, role, source, "json", [*example, *every], lists)
     names = NAMES[kind, role]
     theirs = [name for group in names.values() for name in group]
     return Format(
         kind=kind,
         container="json",
         names=names,
-        lists=[name for name in theirs if isinstance(example.get(name), list)],
+        lists=[name for name in theirs if isinstance(example.get(name, [] if name in LISTS else ""), list)],
         literals=literal or kind == "amazon2014",
         milliseconds=kind == "amazon2023",
     )
@@ -171,13 +174,18 @@ def _separated(address: str, role: FileKind, source: FileSource, downloads: str)
     return Format(**{**vars(made), "kind": "recbole"}) if atomic else made
 
 
-def _first_object(address: str, downloads: str) -> tuple[dict[str, Any], bool]:
-    """The first line that is an object, and whether it is one of Python and not of JSON."""
+def _example(address: str, downloads: str) -> tuple[dict[str, Any], bool]:
+    """The keys of the first lines, each with its first value that says something; whether lines are Python literals."""
     _, block = next(files.blocks(address, downloads), (0, b""))
+    example: dict[str, Any] = {}
+    literal = False
     for line in block.split(b"\n", SNIFFED_LINES)[:SNIFFED_LINES]:
         for literals in (False, True):
             try:
-                return loads(line, literals=literals), literals
+                row = loads(line, literals=literals)
             except LineError:
                 continue
-    return {}, False
+            example |= {key: value for key, value in row.items() if not example.get(key)}
+            literal |= literals
+            break
+    return example, literal

@@ -144,6 +144,8 @@ def _coerced(value: object, kind: pa.DataType) -> object:
         return [_encodable(text) for text in texts(value)]
     if isinstance(value, bool) or value is None:
         return None
+    if pa.types.is_string(kind) and isinstance(value, list):
+        return _encodable(" ".join(texts(value))) or None
     if pa.types.is_string(kind):
         return _encodable(str(value)) if isinstance(value, str | int) else None
     try:
