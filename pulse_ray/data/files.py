@@ -72,7 +72,7 @@ def blocks(address: str, downloads: str) -> Iterator[tuple[int, bytes]]:
         DataError: the file is missing, damaged or cut off; the line is named.
     """
     number, rest = 1, b""
-    with _told(address, lambda: number), opened(address, downloads) as stream:
+    with told(address, lambda: number), opened(address, downloads) as stream:
         while fresh := stream.read(BLOCK_BYTES):
             whole, newline, tail = fresh.rpartition(b"\n")
             if not newline:  # A line that is longer than a block.
@@ -108,7 +108,7 @@ def seekable(address: str, downloads: str) -> Iterator[pa.NativeFile]:
     Raises:
         DataError: as `blocks`.
     """
-    with _told(address, lambda: 0):
+    with told(address, lambda: 0):
         filesystem, path = _located(address, downloads)
         with filesystem.open_input_file(path) as file:
             yield file
@@ -124,7 +124,7 @@ def _located(address: str, downloads: str) -> tuple[pafs.FileSystem, str]:
 
 
 @contextmanager
-def _told(address: str, line: Callable[[], int]) -> Iterator[None]:
+def told(address: str, line: Callable[[], int]) -> Iterator[None]:
     """Errors of reading as `DataError`s that name file and line, where `line()` knows it."""
 
     def where() -> str:

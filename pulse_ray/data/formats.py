@@ -168,6 +168,8 @@ def _separated(address: str, role: FileKind, source: FileSource, downloads: str)
     first = block.partition(b"\n")[0].decode("utf-8-sig", "replace").rstrip("\r")
     delimiter = "\t" if "\t" in first or files.stem(address).endswith((".inter", ".item", ".tsv")) else ","
     header = next(csv.reader([first], delimiter=delimiter), [])
+    if not header:
+        raise DataError(f"{address} is empty", remedy="Give a file with a header and rows")
     atomic = source.kind == "recbole" or files.stem(address).endswith((".inter", ".item"))
     plain = {name.rpartition(":")[0] if atomic and ":" in name else name: name for name in header}
     made = _named(address, role, source, "csv", plain, delimiter=delimiter, header=plain)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pc_csv
@@ -30,21 +31,23 @@ def parquet(address: str, form: Format, downloads: str) -> Iterator[Parsed]:
 
 
 def separated(address: str, form: Format, downloads: str) -> Iterator[Parsed]:
-    """The wanted columns as strings, batch by batch; rows are numbered from 1, the header is none.
+    """The wanted columns as strings, batch by batch; rows are numbered from 2: the header is the first.
 
     Raises:
         DataError: a quoted value does not end.
     """
     wanted = [form.header[name] for group in form.names.values() for name in group]
     faults: list[Fault] = []
+    broken: list[int] = []
 
     def aside(row: pc_csv.InvalidRow) -> str:
         detail = f"{row.actual_columns} values, not {row.expected_columns}: {row.text[:120]}"
-        faults.append((0, "wrong number of values", detail))
+        faults.append((row.number, "wrong number of values", detail))
+        broken.append(row.number)
         return "skip"
 
-    number = 1
-    with files.opened(address, downloads) as stream:
+    number = 2
+    with files.told(address, lambda: number), files.opened(address, downloads) as stream:
         try:
             reader = pc_csv.open_csv(
                 pa.PythonFile(stream, mode="r"),
@@ -63,9 +66,9 @@ def separated(address: str, form: Format, downloads: str) -> Iterator[Parsed]:
                 ),
             )
             for batch in reader:
-                read = _decoded(pa.Table.from_batches([batch]), number, faults, form)
-                yield read
-                number += batch.num_rows + len(faults)
+                rows = np.setdiff1d(np.arange(number, number + batch.num_rows + len(broken)), broken)[: batch.num_rows]
+                yield _decoded(pa.Table.from_batches([batch]), rows, faults, form)
+                number = int(rows[-1]) + 1 if len(rows) else number
                 faults.clear()
         except pa.ArrowInvalid as error:
             raise DataError(
@@ -74,9 +77,8 @@ def separated(address: str, form: Format, downloads: str) -> Iterator[Parsed]:
             ) from error
 
 
-def _decoded(table: pa.Table, first: int, faults: list[Fault], form: Format) -> Parsed:
+def _decoded(table: pa.Table, numbers: npt.NDArray[np.int64], faults: list[Fault], form: Format) -> Parsed:
     """Bytes as strings under the names without types; rows that are no UTF-8 become faults."""
-    numbers = np.arange(first, first + table.num_rows)
     plain = {theirs: name for name, theirs in form.header.items()}
     try:
         columns = [column.cast(pa.string()) for column in table.columns]
