@@ -19,7 +19,17 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from pulse_ray.errors import ConfigError
 
@@ -62,20 +72,54 @@ class SyntheticSource(Section):
         return self
 
 
-class Amazon2018Source(Section):
-    """Amazon 2018 reviews and metadata, JSON lines, plain or gzip; local paths, URIs or http(s) addresses.
+FileFormat = Literal["auto", "amazon2014", "amazon2018", "amazon2023", "recbole", "table", "sequences"]
+Paths = Annotated[tuple[str, ...], BeforeValidator(lambda given: (given,) if isinstance(given, str) else given)]
+"""Local paths, URIs or http(s) addresses; one may be written without a list."""
 
-    How a file is named says nothing of what is in it: fingerprints take `data.sources.identity` instead.
+
+class ColumnsConfig(Section):
+    """What the columns of a table are called in its files. A name that is unset is the column's own."""
+
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timestamp: str = "timestamp"
+    rating: str = "rating"
+    review: str = "review"
+    title: str = "title"
+    description: str = "description"
+    brand: str = "brand"
+    categories: str = "categories"
+
+
+class FileSource(Section):
+    """Files of interactions and, where there are any, of what is known about items. Plain, gzip or zstd.
+
+    How a file is named says nothing of what is in it: fingerprints take `data.files.identity` instead.
     """
 
-    kind: Literal["amazon2018"]
-    reviews: Annotated[str, OPERATIONAL]
-    metadata: Annotated[str | None, OPERATIONAL] = None
+    kind: FileFormat = Field(
+        "auto",
+        description="`amazon2014`, `amazon2018`, `amazon2023`: JSON lines of reviews and metadata; `recbole`: .inter "
+        "and .item; `table`: parquet, csv or JSON lines with `columns`; `sequences`: JSON lines of ordered item lists; "
+        "`auto` tells them by their first line or their columns",
+    )
+    interactions: Annotated[Annotated[Paths, Field(min_length=1)], OPERATIONAL] = Field(
+        description="files of reviews or other interactions: paths, folders, patterns with *, URIs, addresses"
+    )
+    items: Annotated[Paths, OPERATIONAL] = Field((), description="files of metadata")
+    columns: ColumnsConfig = Field(ColumnsConfig(), description="names of a table's columns, where they differ")
 
 
-Source = Annotated[SyntheticSource | Amazon2018Source, Field(discriminator="kind")]
-SOURCES: dict[str | int, type[Section]] = {"synthetic": SyntheticSource, "amazon2018": Amazon2018Source}
-"""Sources by `kind`."""
+def _source_tag(given: Any) -> str:
+    kind = given.get("kind") if isinstance(given, dict) else getattr(given, "kind", None)
+    return "synthetic" if kind == "synthetic" else "files"
+
+
+Source = Annotated[
+    Annotated[SyntheticSource, Tag("synthetic")] | Annotated[FileSource, Tag("files")], Discriminator(_source_tag)
+]
+SOURCES: dict[str | int, type[Section]] = {"synthetic": SyntheticSource, "files": FileSource}
+"""Sources by the tag that stands in pydantic's paths."""
 
 
 class DomainConfig(Section):
@@ -85,23 +129,59 @@ class DomainConfig(Section):
     source: Source
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "five_core": {"filter": "iterated", "min_user_interactions": 5, "min_item_interactions": 5},
+    "paper_luxury_beauty": {"filter": "single_pass", "min_user_interactions": 4, "min_item_interactions": 4},
+    "paper_video_games": {"filter": "single_pass", "min_user_interactions": 5, "min_item_interactions": 5},
+}
+"""Settings of `prepare` by the name of a preset; the paper's are those that give the counts of its Table 2."""
+
+
 class PrepareConfig(Section):
     """Raw files → interactions, items, examples."""
 
     domains: Annotated[tuple[DomainConfig, ...], Field(min_length=1)]
     downloads: Annotated[str, OPERATIONAL] = Field("downloads", description="folder that downloaded files are kept in")
+    preset: Annotated[Literal["five_core", "paper_luxury_beauty", "paper_video_games"] | None, OPERATIONAL] = Field(
+        None, description="fills in `filter` and the two minima where they are not given"
+    )
+    min_rating: Annotated[float, Field(ge=1, le=5)] | None = Field(
+        None, description="interactions rated lower do not count; those without a rating do"
+    )
     duplicates: Literal["first", "last"] = Field("first", description="which of a user's reviews of one item stays")
     filter: Literal["iterated", "single_pass"] = Field(
         "iterated", description="`iterated`: k-core to its fixed point; `single_pass`: raw counts, once (the paper's)"
     )
     min_user_interactions: Count = 5
     min_item_interactions: Count = 5
-    max_sequence: Annotated[int, Field(ge=2)] = Field(50, description="newest interactions kept as a history")
-    positions_per_user: Count = Field(1, description="training examples per user, newest first")
     max_users: Count | None = Field(None, description="keep only this many users per domain, chosen by hash")
+    split: Literal["leave_two_out", "temporal"] = Field(
+        "leave_two_out", description="`temporal`: held out is what follows two cut times, the same for all users"
+    )
+    temporal_shares: tuple[Fraction, Fraction] = Field(
+        (0.1, 0.1), description="shares of a domain's newest interactions for validation and, newer yet, for test"
+    )
+    positions_per_user: Count = Field(1, description="training examples per user, newest first")
+    max_sequence: Annotated[int, Field(ge=2)] = Field(50, description="newest interactions kept as a history")
+    max_review_chars: Count = Field(10_000, description="characters kept of a review")
     shard_examples: Count = Field(64, description="examples in a part of every table: the unit of work and of commit")
     partitions: Count = Field(8, description="hash partitions of users that are prepared independently")
-    max_reject_fraction: Fraction = 0.05
+    max_reject_fraction: Fraction = Field(0.05, description="largest share of a file's lines that may be unusable")
+    read_cpus: Annotated[Annotated[float, Field(gt=0)], OPERATIONAL] = Field(
+        1, description="CPUs of a task that reads a file; on a cluster it parses with as many threads"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, given: Any) -> Any:
+        return {**PRESETS.get(str(given.get("preset")), {}), **given} if isinstance(given, dict) else given
+
+    @field_validator("temporal_shares")
+    @classmethod
+    def _leaves_some(cls, shares: tuple[float, float]) -> tuple[float, float]:
+        if sum(shares) >= 1:
+            raise ValueError(f"shares {shares} leave nothing to train on")
+        return shares
 
     @field_validator("domains")
     @classmethod

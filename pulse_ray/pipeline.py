@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from pulse_ray.config import Config
-from pulse_ray.data.sources import identity
+from pulse_ray.data.files import identity
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.ranker.prompts import TEMPLATE_SHA as RANKER_SHA
 from pulse_ray.rationales.prompts import TEMPLATE_SHA as RATIONALES_SHA

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import pulse_ray
 from pulse_ray.config import OPERATIONAL, Config, DomainConfig
-from pulse_ray.data.sources import addresses, identity
+from pulse_ray.data.files import addresses, identity
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.pipeline import STAGES
 from pulse_ray.progress import console

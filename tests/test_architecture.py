@@ -25,8 +25,7 @@ LAYERS = [
 STAGE_PACKAGES = ("data", "candidates", "rationales", "thought_space", "tree", "selection", "ranker", "evaluation")
 
 SHARED = {
-    "data.sources": ("pipeline", "submission"),
-    "data.preparation": ("candidates.stage",),
+    "data.files": ("pipeline", "submission"),
     "candidates.retrieval": ("serving.app", "scoring.worker"),
     "thought_space.encoders": ("selection.*", "serving.*"),
     "tree.growing": ("serving.*",),

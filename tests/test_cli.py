@@ -59,7 +59,7 @@ GOOD = [_review(user, item, 1_500_000_000 + item) for user in range(6) for item 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A configuration of a small Amazon file; the file itself is up to the test."""
-    source = {"kind": "amazon2018", "reviews": str(tmp_path / "reviews.json.gz")}
+    source = {"kind": "amazon2018", "interactions": str(tmp_path / "reviews.json.gz")}
     settings = {
         "name": "small",
         "storage": str(tmp_path / "runs"),

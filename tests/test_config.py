@@ -24,6 +24,8 @@ OPERATIONAL = (
     "storage",
     "cluster",
     "prepare.downloads",
+    "prepare.preset",
+    "prepare.read_cpus",
     "engine.max_num_seqs",
     "engine.tensor_parallel",
     "engine.kv_cache_gb",
@@ -70,7 +72,7 @@ OPERATIONAL = (
         ("candidates.sasrec.heads=7", "dim (32) is not a multiple of heads (7)", "Change"),
         ("name=a/b", "'name'", "pattern"),
         ("name=..", "'name'", "pattern"),
-        ("prepare.domains.0.source.reviews=x", "unknown key 'prepare.domains.0.source.reviews'", "users"),
+        ("prepare.domains.0.source.interactions=x", "unknown key 'prepare.domains.0.source.interactions'", "users"),
         ("thought_space.negatives=0", "'thought_space.negatives'", "greater than or equal to 1"),
         ("thought_space.training.workers.count=2", "negatives from one worker's batch", "Change"),
         ("ranker.training.zero_stage=3", "'ranker.training.zero_stage'", "0, 1 or 2"),
@@ -188,11 +190,18 @@ def _changed(config: Config, path: tuple[str, ...]) -> Config:
 
 def _others(value: Any) -> list[Any]:
     words = ["bf16", "fp32", "float32", "float16", "last", "single_pass", "popularity", "gbce", "oracle", "attention"]
-    words += ["thought_space", "redis://elsewhere:6379"]
+    words += ["thought_space", "redis://elsewhere:6379", "temporal", "five_core"]
     if isinstance(value, list) and value and isinstance(value[0], dict):  # domains
         return [[{**value[0], "name": "elsewhere"}]]
     if isinstance(value, list):
-        return [value + value, value[:1], [*value, "log_likelihood"], ["base"], [*value, "validation"]]
+        return [
+            value + value,
+            value[:1],
+            [*value[:1], 0.3],
+            [*value, "log_likelihood"],
+            ["base"],
+            [*value, "validation"],
+        ]
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, int | float):

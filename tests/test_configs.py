@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pulse_ray import pipeline
-from pulse_ray.config import Amazon2018Source, load
+from pulse_ray.config import FileSource, load
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -36,9 +36,9 @@ def test_the_papers_settings(path: Path) -> None:
     config = load(path)
     (domain,) = config.prepare.domains
     category = path.stem.title()
-    assert isinstance(domain.source, Amazon2018Source)
-    assert domain.source.reviews.endswith(f"/amazon_v2/categoryFiles/{category}.json.gz")
-    assert str(domain.source.metadata).endswith(f"/amazon_v2/metaFiles2/meta_{category}.json.gz")
+    assert isinstance(domain.source, FileSource)
+    assert domain.source.interactions[0].endswith(f"/amazon_v2/categoryFiles/{category}.json.gz")
+    assert domain.source.items[0].endswith(f"/amazon_v2/metaFiles2/meta_{category}.json.gz")
     assert config.prepare.filter == "single_pass"
     assert config.prepare.min_user_interactions == config.prepare.min_item_interactions
     assert config.prepare.min_user_interactions == (4 if path.stem == "luxury_beauty" else 5)

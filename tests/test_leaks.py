@@ -129,7 +129,7 @@ def _tree(stage: StageRun) -> None:
         for row in output.tables["thoughts"].to_pylist():
             by_user.setdefault(int(row["example_id"].split("/")[1][1:]), []).append(row["text"])
         for example in examples(stage.input("examples").read(part)):
-            mine = [prompt for prompt in parrot.prompts if f"about own{_user(example):02d}" in prompt]
+            mine = [prompt for prompt in parrot.prompts if f"- own{_user(example):02d} | rated" in prompt]
             assert mine
             _check([*mine, *by_user[_user(example)]], example)
             shown += sum("similar taste" in prompt for prompt in mine)
@@ -214,8 +214,8 @@ def _world(folder: Path) -> dict[str, Any]:
     _write(folder / "meta.json.gz", [{"asin": item, "title": title} for item, title in titles.items()])
     return {
         "kind": "amazon2018",
-        "reviews": str(folder / "reviews.json.gz"),
-        "metadata": str(folder / "meta.json.gz"),
+        "interactions": str(folder / "reviews.json.gz"),
+        "items": str(folder / "meta.json.gz"),
     }
 
 

@@ -140,7 +140,7 @@ def test_relative_files_of_a_source_are_found_under_absolute_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    source = {"kind": "amazon2018", "reviews": "reviews.json.gz"}
+    source = {"kind": "amazon2018", "interactions": "reviews.json.gz"}
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump({"name": "small", "prepare": {"domains": [{"name": "shop", "source": source}]}}))
     unread = submission.describe(load(path), None, {})
@@ -148,7 +148,9 @@ def test_relative_files_of_a_source_are_found_under_absolute_names(
     here = load(path, [f"storage={tmp_path / 'runs'}"])
     job = submission.describe(here, None, {})
     (sent,) = job.config.prepare.domains
-    assert sent.source.model_dump() == {**source, "reviews": str(tmp_path / "reviews.json.gz"), "metadata": None}
+    assert sent.source == here.prepare.domains[0].source.model_copy(
+        update={"interactions": (str(tmp_path / "reviews.json.gz"),)}
+    )
     fingerprints = {name: run.fingerprint for name, run in plan(here).items()}
     assert {name: run.fingerprint for name, run in plan(job.config).items()} == fingerprints, "another run's"
     assert job.name != unread.name, "another file is another job"

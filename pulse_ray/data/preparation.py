@@ -1,18 +1,21 @@
 """Raw rows → interactions, items, examples, in steps that each hold one hash partition of users (or of items).
 
     read_file    a file's rows are dealt out to partitions: interactions by user, items by item
-    deduplicate  one interaction a user and item; items are counted
-    weigh, thin  rare items are named, then dropped with rare users; again until none is rare (k-core), or once
-    rank, limit  the users with the smallest hashes are chosen, where `max_users` is set
-    split        order by time, leave two out, write `interactions` and `examples`
+    deduplicate  one interaction a user and item; users and items become numbers
+    choose       which interactions stay (k-core or single pass, a sample of users), on two numbers for each
+    split        order by time, hold targets out, write `interactions` and `examples`
+    tally        training interactions of each item, added up over partitions
     describe     join what the sources say of the remaining items, write `items`
 
 A step is a function of a stage and some numbers: domain, partition. It reads and writes `pieces` in a scratch folder of
-the workspace and returns counts. So steps run anywhere, may be tried again, and the driver never sees a row.
+the workspace and returns counts. So steps run anywhere, may be tried again, and the driver never sees a row. Reviews
+are read twice only: when they are dealt out, and, those that stay, when they are written.
 """
 
 from __future__ import annotations
 
+import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
@@ -20,45 +23,69 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from pulse_ray.config import SyntheticSource
-from pulse_ray.data.pieces import SCRATCH, Pieces, parquet, stable_hash
-from pulse_ray.data.sources import RAW_INTERACTIONS, RAW_ITEMS, Chunk, FileKind, Row, addresses, read, tidy_item
+from pulse_ray.config import FileSource
+from pulse_ray.data import files
+from pulse_ray.data.core import cut_time, k_core
+from pulse_ray.data.files import FileKind
+from pulse_ray.data.pieces import SCRATCH, Pieces
+from pulse_ray.data.sources import RAW_INTERACTIONS, RAW_ITEMS, Chunk, Row, read
+from pulse_ray.data.splitting import Rows, leave_two_out, temporal
 from pulse_ray.data.synthetic import Shop
-from pulse_ray.schema import INTERACTION, SPLITS, TABLES, Reject, Split, example_id
+from pulse_ray.data.tidy import tidy_item
+from pulse_ray.schema import INTERACTION, TABLES, Reject, Split
 from pulse_ray.seeding import derive
 from pulse_ray.text import clean, item_text
 from pulse_ray.workspace import Artefact, Part, StageRun
 
-FILES: tuple[FileKind, ...] = ("reviews", "metadata")
-EVERYONE = 2**63 - 1
-"""The limit of hashes that lets every user pass."""
-
 ITEM_COUNTS = ("items", "made_titles", "without_text")
 """What `describe` counts: items, those whose title had to be made, those of which nothing is known but the id."""
 
+ALWAYS = 2**62
+"""A cut time that nothing reaches."""
+
 Counts = dict[str, int]
+
+_FILE = 2**40
+"""More than any file has lines: an order among the lines of several files."""
+
+_UNCLEAN = r"[^\x20-\x7E]|[<&]|  |^ | $"
+"""What a text holds if `text.clean` can change it."""
 
 
 def read_file(stage: StageRun, domain: int, file: int) -> Counts:
-    """Deals the rows of one of the domain's files out to partitions; lines that cannot be used go to the rejects."""
-    name, kind, pieces = stage.config.prepare.domains[domain].name, FILES[file], Pieces(stage, domain)
-    rows = 0
+    """Deals the rows of one of the domain's files out to partitions; rows that cannot be used go to the rejects."""
+    name, pieces = stage.config.prepare.domains[domain].name, Pieces(stage, domain)
+    counts: Counter[str] = Counter()
     with (
-        pieces.dealer(f"{kind}-rows", RAW_INTERACTIONS, key="user_id") as interactions,
-        pieces.dealer(f"{kind}-items", RAW_ITEMS, key="item_id") as items,
+        pieces.dealer(f"rows-{file:04d}", RAW_INTERACTIONS, key="user_id") as interactions,
+        pieces.dealer(f"about-{file:04d}", RAW_ITEMS, key="item_id") as items,
     ):
-        for number, chunk in enumerate(_chunks(stage, domain, kind)):
-            _set_aside(stage, f"{name}-{kind}-{number:05d}", chunk.rejects)
-            interactions.deal(chunk.interactions)
-            items.deal(chunk.items)
-            rows += chunk.interactions.num_rows
-    return {"rows": rows}
+        for number, chunk in enumerate(_chunks(stage, domain, file)):
+            _set_aside(stage, f"{name}-{file:04d}-{number:05d}", chunk.rejects)
+            interactions.deal(_ordered(chunk.interactions, file))
+            items.deal(_ordered(chunk.items, file))
+            counts.update(rows=chunk.interactions.num_rows, **{f"mended {what}": n for what, n in chunk.mended.items()})
+            if _roles(stage, domain)[file] == "interactions":
+                counts.update(rejects=len(chunk.rejects))
+    return dict(counts)
 
 
 def rejects(stage: StageRun) -> Artefact:
-    """Lines that could not be used, kept with the pieces until the stage knows that the rest can be."""
+    """Rows that could not be used, kept with the pieces until the stage knows that the rest can be."""
     return Artefact(stage.workspace.filesystem, f"{stage.workspace.artefact(SCRATCH).path}/rejects", "rejects")
+
+
+def file_numbers(stage: StageRun, domain: int) -> range:
+    """Numbers of the domain's files; a synthetic shop counts as one."""
+    return range(len(_roles(stage, domain)))
+
+
+def _roles(stage: StageRun, domain: int) -> list[FileKind]:
+    config = stage.config.prepare.domains[domain]
+    return [role for role, _ in files.found(config)] if isinstance(config.source, FileSource) else ["interactions"]
 
 
 def _set_aside(stage: StageRun, part: Part, found: Sequence[Reject]) -> None:
@@ -67,170 +94,272 @@ def _set_aside(stage: StageRun, part: Part, found: Sequence[Reject]) -> None:
         rejects(stage).write(part, pa.Table.from_pylist(rows, schema=TABLES["rejects"]))
 
 
-def _chunks(stage: StageRun, domain: int, kind: FileKind) -> Iterator[Chunk]:
+def _chunks(stage: StageRun, domain: int, file: int) -> Iterator[Chunk]:
     config = stage.config.prepare.domains[domain]
-    if not isinstance(config.source, SyntheticSource):
-        yield from read(addresses(config)[kind], kind, stage.config.prepare)
+    if isinstance(config.source, FileSource):
+        role, address = files.found(config)[file]
+        yield from read(address, role, config.source, stage.config.prepare)
         return
     shop = Shop(config.source, derive(stage.config.seed, "synthetic", config.name))
     # For tests alone: what drove each purchase. No stage reads it.
     truth = stage.workspace.artefact("truth")
-    truth.write_bytes(f"{config.name}-items.parquet", parquet(shop.item_motives()))
-    truth.write_bytes(f"{config.name}-purchases.parquet", parquet(shop.purchase_motives()))
+    for name, table in (("items", shop.item_motives()), ("purchases", shop.purchase_motives())):
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        truth.write_bytes(f"{config.name}-{name}.parquet", buffer.getvalue())
     yield Chunk(interactions=shop.interactions(), items=shop.items())
 
 
+def _ordered(rows: pa.Table, file: int) -> pa.Table:
+    """Rows whose order counts among those of all files."""
+    place = rows.schema.get_field_index("order")
+    return rows.set_column(place, rows.schema.field(place), pc.add(rows.column(place), file * _FILE))
+
+
 def deduplicate(stage: StageRun, domain: int, partition: int) -> Counts:
-    """Keeps the first or last interaction of each user and item, and counts items for the filter."""
+    """Keeps the first or last interaction of each user and item, and numbers the partition's users and items."""
     prepare, pieces = stage.config.prepare, Pieces(stage, domain)
-    raw = pieces.get("reviews-rows", partition).with_columns(pl.len().over("user_id").alias("raw_count"))
-    ordered = raw.sort("user_id", "timestamp", "order")
-    unique = ordered.unique(["user_id", "item_id"], keep=prepare.duplicates, maintain_order=True)
-    pieces.put("unique", partition, unique)
-    pairs = unique.select("user_id", "item_id", "raw_count")
-    pieces.put("pairs", partition, pairs)
-    pieces.put("counts", partition, _item_counts(raw if prepare.filter == "single_pass" else pairs))
-    return {"raw": raw.height, "rows": pairs.height, "users": pairs["user_id"].n_unique()}
-
-
-def weigh(stage: StageRun, domain: int) -> Counts:
-    """Adds the partitions' counts of items up and names the items that are too rare."""
-    pieces = Pieces(stage, domain)
-    totals = pieces.total("counts")
-    rare = totals.filter(pl.col("count") < stage.config.prepare.min_item_interactions)
-    pieces.put("rare", 0, rare.select("item_id"))
-    return {"items": totals.height, "rare": rare.height}
-
-
-def thin(stage: StageRun, domain: int, partition: int) -> Counts:
-    """Drops the rare items' rows, then the rows of users with too few left (single pass: with too few raw ones)."""
-    prepare, pieces = stage.config.prepare, Pieces(stage, domain)
-    pairs = pieces.get("pairs", partition)
-    pairs = pairs.join(pieces.get("rare", 0), on="item_id", how="anti")
-    count = pl.col("raw_count") if prepare.filter == "single_pass" else pl.len().over("user_id")
-    pairs = pairs.filter(count >= prepare.min_user_interactions)
-    pieces.put("pairs", partition, pairs)
-    pieces.put("counts", partition, _item_counts(pairs))
-    return {"rows": pairs.height, "users": pairs["user_id"].n_unique()}
-
-
-def rank(stage: StageRun, domain: int, partition: int) -> Counts:
-    """Offers the partition's users with the smallest hashes."""
-    pieces = Pieces(stage, domain)
-    users = pieces.get("pairs", partition)["user_id"].unique()
-    hashes = sorted(stable_hash(user) for user in users)[: stage.config.prepare.max_users]
-    pieces.put("ranked", partition, pl.DataFrame({"hash": hashes}, schema={"hash": pl.Int64}))
-    return {}
-
-
-def limit(stage: StageRun, domain: int) -> Counts:
-    """The hash of the last user to be kept."""
-    pieces = Pieces(stage, domain)
-    ranked = pl.concat([pieces.get("ranked", partition) for partition in range(pieces.partitions)])["hash"].sort()
-    last = min(len(ranked), stage.config.prepare.max_users or len(ranked)) - 1
-    return {"limit": int(ranked[last])}
-
-
-def split(stage: StageRun, domain: int, partition: int, largest_hash: int) -> Counts:
-    """Writes the partition's interactions, ordered by user and time, and its examples."""
-    name, pieces = stage.config.prepare.domains[domain].name, Pieces(stage, domain)
-    pairs = pieces.get("pairs", partition)
-    users = pl.Series(
-        [user for user in pairs["user_id"].unique() if stable_hash(user) <= largest_hash], dtype=pl.String
+    rows = _rows(stage, pieces, partition, ["user_id", "item_id", "timestamp", "rating", "order"])
+    users, items = (rows.column(name).combine_chunks().dictionary_encode() for name in ("user_id", "item_id"))
+    frame = pl.DataFrame(
+        {
+            "row": np.arange(rows.num_rows, dtype=np.uint32),
+            "user": users.indices.to_numpy(),
+            "item": items.indices.to_numpy(),
+            "timestamp": rows.column("timestamp").to_numpy(),
+            "order": rows.column("order").to_numpy(),
+        }
     )
-    rows = pieces.get("unique", partition)
-    rows = rows.filter(pl.col("user_id").is_in(users.implode()))
-    rows = rows.join(pairs, on=["user_id", "item_id"], how="semi").sort("user_id", "timestamp", "order")
-    steps = _steps(rows)
-    lengths = rows.group_by("user_id", maintain_order=True).len()
-    _write_interactions(stage, _number(stage, domain, partition), name, rows["user_id"], steps)
-
-    targets: dict[Split, list[_Target]] = {part: [] for part in SPLITS}
-    held_out = np.zeros(rows.height, dtype=bool)
-    start = 0
-    for user_id, length in lengths.iter_rows():
-        for part, positions in leave_two_out(length, stage.config.prepare.positions_per_user).items():
-            targets[part] += [(user_id, start, position) for position in positions]
-            if part != "train":
-                held_out[[start + position for position in positions]] = True
-        start += length
-    for part, chosen in targets.items():
-        _write_examples(stage, f"{part}-{_number(stage, domain, partition):04d}", name, steps, chosen)
-
-    seen = rows.select("item_id", trained=~pl.Series(held_out)).group_by("item_id").agg(pl.col("trained").sum())
-    places = [pieces.place(item) for item in seen["item_id"]]
-    counts = seen.select("item_id", count=pl.col("trained").cast(pl.Int64), place=pl.Series(places, dtype=pl.Int64))
-    pieces.put("training", partition, counts)
-    return {"rows": rows.height, "users": lengths.height} | {part: len(chosen) for part, chosen in targets.items()}
-
-
-def leave_two_out(length: int, positions_per_user: int) -> dict[Split, list[int]]:
-    """Positions of the targets in a sequence. The last is for test, the one before for validation, earlier ones, newest
-    first, for training; a sequence of two only trains. The first position has no history and is never a target.
-
-    >>> leave_two_out(6, 2)
-    {'train': [3, 2], 'validation': [4], 'test': [5]}
-    >>> leave_two_out(3, 2), leave_two_out(2, 2)
-    ({'train': [], 'validation': [1], 'test': [2]}, {'train': [1], 'validation': [], 'test': []})
-    """
-    held_out = length >= 3
-    last = length - 3 if held_out else length - 1
+    if prepare.min_rating is not None:
+        low = pc.fill_null(pc.less(rows.column("rating"), pa.scalar(prepare.min_rating, pa.float32())), False)
+        frame = frame.filter(~pl.Series(low.to_numpy()))
+    ordered = frame.sort("user", "timestamp", "order")
+    unique = ordered.unique(["user", "item"], keep=prepare.duplicates, maintain_order=True)
+    pieces.put("pairs", partition, unique.select("row", "user", "item", "timestamp"))
+    for name, coded in (("user", users), ("item", items)):
+        raw = np.bincount(frame[name], minlength=len(coded.dictionary))
+        named = pl.DataFrame({f"{name}_id": pl.from_arrow(coded.dictionary), "raw": raw})
+        pieces.put(f"{name}s", partition, named)
     return {
-        "train": list(range(last, 0, -1))[:positions_per_user],
-        "validation": [length - 2] if held_out else [],
-        "test": [length - 1] if held_out else [],
+        "users": len(users.dictionary),
+        "rated": frame.height,
+        "rated_users": frame["user"].n_unique(),
+        "unique": unique.height,
     }
 
 
-_Target = tuple[str, int, int]
-"""User, first row of the user's sequence, position of the target in it."""
+def choose(stage: StageRun, domain: int) -> Counts:
+    """Says which interactions stay, and gives the items of the domain numbers.
+
+    The only step that holds a whole domain: eight bytes an interaction, and the items' ids.
+    """
+    prepare, pieces = stage.config.prepare, Pieces(stage, domain)
+    gathered = _Gathered(pieces)
+    if prepare.filter == "iterated":
+        mask = k_core(gathered.users, gathered.items, prepare.min_user_interactions, prepare.min_item_interactions)
+    else:
+        mask = gathered.raw_users[gathered.users] >= prepare.min_user_interactions
+        mask &= gathered.raw_items[gathered.items] >= prepare.min_item_interactions
+    counts = {"items": len(gathered.raw_items), "rated_items": int((gathered.raw_items > 0).sum())}
+    counts |= {f"filtered_{name}": count for name, count in gathered.sizes(mask).items()}
+    if prepare.max_users is not None and counts["filtered_rows"]:
+        mask &= gathered.sampled(mask, prepare.max_users)
+    counts |= {f"kept_{name}": count for name, count in gathered.sizes(mask).items()}
+    counts |= dict.fromkeys(("validation_from", "test_from"), ALWAYS)
+    if prepare.split == "temporal" and counts["kept_rows"]:
+        validation, test = prepare.temporal_shares
+        times = gathered.times()[mask]
+        counts |= {"validation_from": cut_time(times, validation + test), "test_from": cut_time(times, test)}
+    gathered.put(mask)
+    return counts
 
 
-def _steps(rows: pl.DataFrame) -> pa.StructArray:
-    reviews = [clean(review) or None for review in rows["review"]]
-    columns = [
-        pa.array(rows["item_id"].to_list(), pa.string()),
-        pa.array(rows["timestamp"].to_numpy(), pa.int64()),
-        pa.array(rows["rating"].to_list(), pa.float32()),
-        pa.array(reviews, pa.string()),
-    ]
+class _Gathered:
+    """The unique interactions of a domain as two numbers each, partition after partition."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces = pieces
+        users, items, raw_users, self.bounds = [], [], [], [0]
+        self.catalogue = pl.DataFrame(schema={"item_id": pl.String, "raw": pl.Int64, "item": pl.Int32})
+        offset = 0
+        for partition in range(pieces.partitions):
+            pairs = pieces.get("pairs", partition, ["user", "item"])
+            raw_users.append(pieces.get("users", partition, ["raw"])["raw"].to_numpy())
+            users.append(pairs["user"].to_numpy() + np.int32(offset))
+            items.append(self._numbers(pieces.get("items", partition))[pairs["item"].to_numpy()])
+            offset += len(raw_users[-1])
+            self.bounds.append(self.bounds[-1] + pairs.height)
+        self.users, self.items = np.concatenate(users), np.concatenate(items)
+        self.raw_users, self.raw_items = np.concatenate(raw_users), self.catalogue["raw"].to_numpy()
+
+    def _numbers(self, found: pl.DataFrame) -> npt.NDArray[np.int32]:
+        """Numbers of a partition's items in the domain; items that are new get the next ones."""
+        known = self.catalogue.join(found.rename({"raw": "more"}), on="item_id", how="left", maintain_order="left")
+        known = known.select("item_id", pl.col("raw") + pl.col("more").fill_null(0), "item")
+        new = found.join(self.catalogue, on="item_id", how="anti", maintain_order="left").select("item_id", "raw")
+        new = new.with_columns(item=pl.int_range(known.height, known.height + new.height, dtype=pl.Int32, eager=True))
+        self.catalogue = pl.concat([known, new])
+        numbered = found.join(self.catalogue, on="item_id", how="left", maintain_order="left")
+        return numbered["item"].to_numpy()
+
+    def sizes(self, mask: npt.NDArray[np.bool_]) -> Counts:
+        """Rows, users and items of the interactions in a mask."""
+        distinct = (int((np.bincount(codes[mask]) > 0).sum()) for codes in (self.users, self.items))
+        return dict(zip(("rows", "users", "items"), (int(mask.sum()), *distinct), strict=True))
+
+    def sampled(self, mask: npt.NDArray[np.bool_], count: int) -> npt.NDArray[np.bool_]:
+        """True for the interactions of the `count` users in the mask whose ids have the smallest hashes."""
+        present = np.flatnonzero(np.bincount(self.users[mask], minlength=len(self.raw_users)))
+        ids = pl.concat([self.pieces.get("users", number, ["user_id"]) for number in range(self.pieces.partitions)])
+        hashes = np.array([derive(0, user) for user in ids["user_id"].gather(present)], dtype=np.int64)
+        chosen = np.zeros(len(self.raw_users), dtype=np.bool_)
+        chosen[present[np.argsort(hashes, kind="stable")[:count]]] = True
+        return chosen[self.users]
+
+    def times(self) -> npt.NDArray[np.int64]:
+        """Times of the interactions: [n] seconds."""
+        found = [self.pieces.get("pairs", number, ["timestamp"]) for number in range(self.pieces.partitions)]
+        return pl.concat(found)["timestamp"].to_numpy()
+
+    def put(self, mask: npt.NDArray[np.bool_]) -> None:
+        """Leaves what stays: rows with their items' numbers by partition of users, items by partition of items."""
+        for partition, (start, end) in enumerate(zip(self.bounds[:-1], self.bounds[1:], strict=True)):
+            stays = mask[start:end]
+            rows = self.pieces.get("pairs", partition, ["row"])["row"].to_numpy()[stays]
+            self.pieces.put("kept", partition, pl.DataFrame({"row": rows, "item": self.items[start:end][stays]}))
+        present = np.bincount(self.items[mask], minlength=self.catalogue.height) > 0
+        sold = self.catalogue.filter(pl.Series(present)).select("item_id", "item")
+        places = self.pieces.places(sold["item_id"])
+        for partition in range(self.pieces.partitions):
+            self.pieces.put("sold", partition, sold.filter(pl.Series(places == partition)))
+
+
+def split(stage: StageRun, domain: int, partition: int, validation_from: int, test_from: int) -> Counts:
+    """Writes the partition's interactions, ordered by user and time, and its examples."""
+    prepare, pieces = stage.config.prepare, Pieces(stage, domain)
+    kept = pieces.get("kept", partition)
+    rows = _gather(stage, pieces, partition, kept["row"].to_numpy())
+    by_user = pl.from_arrow(rows.column("user_id")).to_frame("user").with_row_index().sort("user", maintain_order=True)  # type: ignore[union-attr]
+    order = by_user["index"].to_numpy()
+    rows, items = rows.take(pa.array(order)), kept["item"].to_numpy()[order]
+    starts = np.flatnonzero((by_user["user"] != by_user["user"].shift()).fill_null(True).to_numpy())
+    steps = _steps(rows)
+    _write_interactions(stage, domain, partition, rows.column("user_id"), steps)
+    if prepare.split == "temporal":
+        times = rows.column("timestamp").to_numpy()
+        targets = temporal(starts, times, validation_from, test_from, prepare.positions_per_user)
+    else:
+        targets = leave_two_out(starts, len(items), prepare.positions_per_user)
+    for name, found in targets.rows.items():
+        _write_examples(stage, domain, partition, name, found, starts, rows.column("user_id"), steps)
+    trained = np.unique(items[targets.trained], return_counts=True)
+    pieces.put("training", partition, pl.DataFrame(dict(zip(("item", "count"), trained, strict=True))))
+    return {"rows": rows.num_rows, "users": len(starts)} | {name: len(found) for name, found in targets.rows.items()}
+
+
+def _rows(stage: StageRun, pieces: Pieces, partition: int, columns: Sequence[str]) -> pa.Table:
+    """A partition's raw rows, of all files; of their columns only some."""
+    found = [pieces.get(f"rows-{file:04d}", partition, columns) for file in file_numbers(stage, pieces.domain)]
+    return pl.concat(found).to_arrow(compat_level=pl.CompatLevel.oldest())
+
+
+def _gather(stage: StageRun, pieces: Pieces, partition: int, wanted: npt.NDArray[np.uint32]) -> pa.Table:
+    """The raw rows with some numbers, in their order; what is not wanted is dropped batch by batch."""
+    ordered = np.sort(wanted)
+    kept, start = [RAW_INTERACTIONS.empty_table()], 0
+    for file in file_numbers(stage, pieces.domain):
+        for batch in pieces.batches(f"rows-{file:04d}", partition):
+            first, last = np.searchsorted(ordered, [start, start + batch.num_rows])
+            if last > first:
+                kept.append(pa.Table.from_batches([batch.take(pa.array(ordered[first:last] - np.uint32(start)))]))
+            start += batch.num_rows
+    return pa.concat_tables(kept).combine_chunks().take(pa.array(np.searchsorted(ordered, wanted)))
+
+
+def _steps(rows: pa.Table) -> pa.StructArray:
+    columns = [rows.column(name).combine_chunks() for name in ("item_id", "timestamp", "rating")]
+    reviews = pl.from_arrow(rows.column("review"))
+    assert isinstance(reviews, pl.Series)
+    unclean = reviews.str.contains(_UNCLEAN).fill_null(False).arg_true()
+    mended = [clean(review) or None for review in reviews.gather(unclean)]
+    reviews = reviews.scatter(unclean, pl.Series(mended, dtype=pl.String))
+    columns.append(reviews.to_arrow(compat_level=pl.CompatLevel.oldest()).cast(pa.string()))
     return pa.StructArray.from_arrays(columns, fields=list(INTERACTION))
 
 
-def _write_interactions(stage: StageRun, number: int, name: str, users: pl.Series, steps: pa.StructArray) -> None:
+def _write_interactions(stage: StageRun, domain: int, partition: int, users: pa.Array, steps: pa.StructArray) -> None:
     if len(users):
-        columns = [pa.array([name] * len(users)), pa.array(users.to_list(), pa.string()), *steps.flatten()]
-        table = pa.Table.from_arrays(columns, schema=TABLES["interactions"])
-        stage.output("interactions").write(f"part-{number:04d}", table)
+        name = pa.repeat(stage.config.prepare.domains[domain].name, len(users))
+        table = pa.Table.from_arrays([name, users, *steps.flatten()], schema=TABLES["interactions"])
+        stage.output("interactions").write(f"part-{_number(stage, domain, partition):04d}", table)
 
 
-def _write_examples(stage: StageRun, prefix: str, name: str, steps: pa.StructArray, targets: list[_Target]) -> None:
+def _write_examples(
+    stage: StageRun,
+    domain: int,
+    partition: int,
+    part: Split,
+    targets: Rows,
+    starts: Rows,
+    users: pa.ChunkedArray,
+    steps: pa.StructArray,
+) -> None:
+    """The examples of one split, in parts of `shard_examples`.
+
+    Args:
+        targets: rows of `steps` that are targets.
+        starts: first rows of the users.
+    """
     prepare = stage.config.prepare
+    name = prepare.domains[domain].name
+    firsts = starts[np.searchsorted(starts, targets, side="right") - 1]
     for chunk, first in enumerate(range(0, len(targets), prepare.shard_examples)):
-        chosen = targets[first : first + prepare.shard_examples]
-        spans = [(start + max(0, at - prepare.max_sequence), start + at) for _, start, at in chosen]
-        offsets = np.cumsum([0, *(end - begin for begin, end in spans)]).astype(np.int32)
-        within: npt.NDArray[np.int64] = np.concatenate([np.arange(begin, end) for begin, end in spans])
-        histories = pa.ListArray.from_arrays(offsets, steps.take(pa.array(within)), type=pa.list_(INTERACTION))
+        at = targets[first : first + prepare.shard_examples]
+        places = at - firsts[first : first + prepare.shard_examples]
+        lengths = np.minimum(places, prepare.max_sequence)
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        within = np.arange(offsets[-1]) + np.repeat(at - lengths - offsets[:-1], lengths)
+        histories = pa.ListArray.from_arrays(
+            offsets.astype(np.int32), steps.take(pa.array(within)), type=pa.list_(INTERACTION)
+        )
+        own = users.take(pa.array(at)).combine_chunks()
+        domains = pa.repeat(name, len(at))
         columns = [
-            pa.array([example_id(name, user, at) for user, _, at in chosen]),
-            pa.array([name] * len(chosen)),
-            pa.array([user for user, _, _ in chosen]),
-            pa.array([prefix.partition("-")[0]] * len(chosen)),
+            pc.binary_join_element_wise(domains, own, pa.array(places).cast(pa.string()), "/"),
+            domains,
+            own,
+            pa.repeat(part, len(at)),
             histories,
-            steps.field("item_id").take(pa.array([start + at for _, start, at in chosen])),
+            steps.field("item_id").take(pa.array(at)),
         ]
         table = pa.Table.from_arrays(columns, schema=TABLES["examples"])
-        stage.output("examples").write(f"{prefix}-{chunk:04d}", table)
+        stage.output("examples").write(f"{part}-{_number(stage, domain, partition):04d}-{chunk:04d}", table)
+
+
+def tally(stage: StageRun, domain: int) -> Counts:
+    """Adds up how often each item stands in training, and leaves that by the items' partition."""
+    pieces = Pieces(stage, domain)
+    sold = [pieces.get("sold", partition) for partition in range(pieces.partitions)]
+    totals = np.zeros(1 + max((int(one["item"].max() or 0) for one in sold if one.height), default=0), dtype=np.int64)  # type: ignore[arg-type]
+    for partition in range(pieces.partitions):
+        training = pieces.get("training", partition)
+        totals[training["item"].to_numpy()] += training["count"].to_numpy()
+    for partition, one in enumerate(sold):
+        counts = one.select("item_id", count=pl.Series(totals[one["item"].to_numpy()])).sort("item_id")
+        pieces.put("popularity", partition, counts)
+    return {}
 
 
 def describe(stage: StageRun, domain: int, partition: int) -> Counts:
     """Writes the partition's items that have interactions left, by id, with what the sources say of them."""
     pieces = Pieces(stage, domain)
-    counts = pieces.total("training", place=partition)
+    counts = pieces.get("popularity", partition)
     fields: dict[str, Row] = {item: {} for item in counts["item_id"]}
-    for file in sorted(files(stage, domain), reverse=True):  # Metadata first: it knows more than a review's title.
-        rows = pieces.get(f"{FILES[file]}-items", partition).join(counts, on="item_id", how="semi").sort("order")
+    twice = 0
+    # Metadata first: it knows more than a review's title.
+    for file, role in sorted(enumerate(_roles(stage, domain)), key=lambda entry: entry[1] != "items"):
+        rows = pieces.get(f"about-{file:04d}", partition).join(counts, on="item_id", how="semi").sort("order")
+        twice += (rows.height - rows["item_id"].n_unique()) * (role == "items")
         for row in rows.iter_rows(named=True):
             about = tidy_item(row["title"], row["description"], row["brand"], row["categories"] or [])
             known = fields[row["item_id"]]
@@ -244,7 +373,8 @@ def describe(stage: StageRun, domain: int, partition: int) -> Counts:
         stage.output("items").write(f"part-{_number(stage, domain, partition):04d}", table)
     made = sum(not fields[item["item_id"]].get("title") for item in items)
     unknown = sum(item["text"] == item["item_id"] for item in items)
-    return dict(zip(ITEM_COUNTS, (len(items), made, unknown), strict=True))
+    found = dict(zip(ITEM_COUNTS, (len(items), made, unknown), strict=True))
+    return found | ({"mended items named twice": twice} if twice else {})
 
 
 def _item(domain: str, item_id: str, popularity: int, about: Row) -> Row:
@@ -263,14 +393,11 @@ def _item(domain: str, item_id: str, popularity: int, about: Row) -> Row:
     }
 
 
-def files(stage: StageRun, domain: int) -> list[int]:
-    """Numbers of the files (in `FILES`) that the domain has; a synthetic shop counts as a file of reviews."""
-    given = addresses(stage.config.prepare.domains[domain])
-    return [number for number, kind in enumerate(FILES) if kind in given or (kind == "reviews" and not given)]
-
-
-def _item_counts(rows: pl.DataFrame) -> pl.DataFrame:
-    return rows.group_by("item_id").agg(pl.len().cast(pl.Int64).alias("count"))
+def written(stage: StageRun, domain: int) -> int:
+    """Rows of the domain in `interactions`, as its files say."""
+    interactions, partitions = stage.output("interactions"), range(stage.config.prepare.partitions)
+    own = {f"part-{_number(stage, domain, partition):04d}" for partition in partitions}
+    return sum(interactions.num_rows(part) for part in interactions.parts() if part in own)
 
 
 def _number(stage: StageRun, domain: int, partition: int) -> int:

@@ -1,34 +1,30 @@
-"""Formats of reviews and metadata → raw rows in chunks; no file is ever held whole.
+"""A file's usable rows in chunks, whatever its format; rows that cannot be used are set aside with a reason.
 
-Amazon 2018: JSON lines, plain or gzip. Reviews carry `reviewerID, asin, overall, reviewText, unixReviewTime` and, in
-some collections, the item's `title`; metadata carries `asin, title, description[], brand, category[]`.
-Rows are passed on as they stand in the file; `tidy_item` and `text.clean` make them readable later, in parallel.
+Rows are passed on as they stand in the file; `tidy` and `text.clean` make them readable later, in parallel, and only
+where they are kept.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import re
-import textwrap
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, Literal
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
 
-import orjson
+import polars as pl
 import pyarrow as pa
-import pyarrow.fs as pafs
 
-from pulse_ray.config import Amazon2018Source, DomainConfig, PrepareConfig
-from pulse_ray.data.download import fetch
+from pulse_ray.config import FileSource, PrepareConfig
+from pulse_ray.data import files, tabular
+from pulse_ray.data.files import FileKind
+from pulse_ray.data.formats import COLUMNS, Format, tell
+from pulse_ray.data.jsonlines import Parsed, parse
+from pulse_ray.data.tidy import RAW_DESCRIPTION_CHARS
 from pulse_ray.errors import DataError
 from pulse_ray.schema import Reject
-from pulse_ray.text import clean
 
-FileKind = Literal["reviews", "metadata"]
 Row = dict[str, Any]
 
 RAW_INTERACTIONS = pa.schema(
@@ -37,8 +33,8 @@ RAW_INTERACTIONS = pa.schema(
         "item_id": pa.string(),
         "timestamp": pa.int64(),
         "rating": pa.float32(),
-        "review": pa.string(),
         "order": pa.int64(),  # line of the file: breaks ties of time
+        "review": pa.string(),
     }
 )
 RAW_ITEMS = pa.schema(
@@ -52,239 +48,228 @@ RAW_ITEMS = pa.schema(
     }
 )
 
-CHUNK_LINES = 50_000
-LATEST_TIMESTAMP = 4_102_444_800  # the year 2100: a larger number is not in seconds
-RAW_DESCRIPTION_CHARS, DESCRIPTION_CHARS, TITLE_CHARS = 6000, 600, 250
-
-# What scraping leaves in text fields besides tags: the page's scripts, and place holders.
-_SCRIPT = re.compile(r"getTime\(\)|function ?\(|^\s*var \w+ ?=")
-_PLACEHOLDER = re.compile(r"(SPID )?SHORT DESCRIPTION NOT AVAILABLE\W*", re.IGNORECASE)
-_BRAND_BY = re.compile(r"\s*by\s*\n\s*")
-_BRAND_PAGE = re.compile(r"Visit Amazon's (.*) Page")
+MILLISECONDS = 10**11
+"""A time from here on is in milliseconds: in seconds it would lie beyond the year 5000."""
+DAY_S = 86_400
+MENDED = ("times in milliseconds", "reviews cut")
+"""What is put right in a row, and counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
-    """Some lines of a file: usable rows (`RAW_INTERACTIONS`, `RAW_ITEMS`) and the lines that were set aside."""
+    """Some rows of a file: usable ones (`RAW_INTERACTIONS`, `RAW_ITEMS`), those set aside, what was mended."""
 
     interactions: pa.Table
     items: pa.Table
     rejects: tuple[Reject, ...] = ()
+    mended: Counter[str] = field(default_factory=Counter)
 
 
-class _LineError(Exception):
-    """A row that must be set aside: a short reason and the detail."""
-
-    def __init__(self, reason: str, detail: object = "") -> None:
-        super().__init__(reason)
-        self.reject = (reason, str(detail)[:200])
-
-
-def addresses(domain: DomainConfig) -> dict[FileKind, str]:
-    """The domain's outside files; local paths are made absolute."""
-    source = domain.source
-    if not isinstance(source, Amazon2018Source):
-        return {}
-    given: dict[FileKind, str] = {"reviews": source.reviews}
-    if source.metadata is not None:
-        given["metadata"] = source.metadata
-    return {kind: one if "://" in one else str(Path(one).expanduser().absolute()) for kind, one in given.items()}
-
-
-def identity(domain: DomainConfig) -> str:
-    """What a fingerprint should know of the domain's outside files; nothing is opened or downloaded.
-
-    Local files are named by path, size and time of change, or `missing`; remote ones by address.
-    """
-    return ";".join(_file_identity(address) for address in addresses(domain).values())
-
-
-def _file_identity(address: str) -> str:
-    if "://" in address:
-        return address
-    try:
-        status = Path(address).stat()
-    except OSError:
-        return "missing"
-    return f"{address}:{status.st_size}:{status.st_mtime_ns}"
-
-
-def read(address: str, kind: FileKind, config: PrepareConfig) -> Iterator[Chunk]:
+def read(address: str, role: FileKind, source: FileSource, config: PrepareConfig) -> Iterator[Chunk]:
     """The rows of one file, chunk by chunk.
 
     Raises:
-        DataError: the file is missing, empty, damaged or cut off, or more than `max_reject_fraction` of its lines
-            cannot be used. Raised after the chunks before that place were given out.
+        DataError: the file is missing, empty, damaged, cut off or of no known format, or more than
+            `max_reject_fraction` of its rows cannot be used. Raised after the chunks before that place were given out.
     """
-    parse: Callable[[Row, int], tuple[Row | None, Row | None]] = _review if kind == "reviews" else _metadata
-    interactions: list[Row] = []
-    items: dict[str | int, Row] = {}
-    rejects: list[Reject] = []
+    form = tell(address, role, source, config.downloads)
+    make = _interactions if role == "interactions" else _items
     first: Reject | None = None
-    lines = rejected = 0
-    for number, line in _lines(address, config.downloads):
-        lines += 1
-        try:
-            interaction, item = parse(_parse_json(line), number)
-        except _LineError as error:
-            reason, detail = error.reject
-            rejects.append(Reject(key=f"{address}:{number}", reason=reason, detail=detail))
-            first, rejected = first or rejects[0], rejected + 1
-        else:
-            if interaction is not None:
-                interactions.append(interaction)
-            if item is not None:
-                # Reviews repeat one title over and over; lines of metadata may complete each other.
-                items.setdefault(item["item_id"] if kind == "reviews" else number, item)
-        if lines % CHUNK_LINES == 0:
-            yield _chunk(interactions, items, rejects)
-            interactions, items, rejects = [], {}, []
-    yield _chunk(interactions, items, rejects)
-    if not lines:
-        raise DataError(f"{address} is empty", remedy="Give a file of JSON lines, one review or item a line")
-    if first and rejected > config.max_reject_fraction * lines:
-        more = f" (and {rejected - 1:,} more of {lines:,} lines)" if rejected > 1 else f" (1 of {lines:,} lines)"
+    usable = rejected = 0
+    # While arrow parses blocks in threads of its own, the file is decompressed and rows are checked in this one.
+    for parsed in _parsed(address, form, config):
+        chunk = make(parsed, form, address, config)
+        usable += chunk.interactions.num_rows if role == "interactions" else chunk.items.num_rows
+        rejected += len(chunk.rejects)
+        first = first or next(iter(chunk.rejects), None)
+        yield chunk
+    if not usable + rejected:
+        raise DataError(f"{address} is empty", remedy="Give a file of JSON lines, parquet or csv with rows in it")
+    if first and rejected > config.max_reject_fraction * (usable + rejected):
+        total = f"{usable + rejected:,} rows)"
+        more = f" (and {rejected - 1:,} more of {total}" if rejected > 1 else f" (1 of {total}"
         raise DataError(
             f"{first.key}: {first.reason}{more}",
-            remedy="Mend the file (one JSON object a line), or raise prepare.max_reject_fraction",
+            remedy="Mend the file, or raise prepare.max_reject_fraction",
         )
 
 
-def _chunk(interactions: list[Row], items: dict[str | int, Row], rejects: list[Reject]) -> Chunk:
-    return Chunk(
-        interactions=pa.Table.from_pylist(interactions, schema=RAW_INTERACTIONS),
-        items=pa.Table.from_pylist(list(items.values()), schema=RAW_ITEMS),
-        rejects=tuple(rejects),
+def _parsed(address: str, form: Format, config: PrepareConfig) -> Iterator[Parsed]:
+    if form.container == "parquet":
+        return tabular.parquet(address, form, config.downloads)
+    if form.container == "csv":
+        return tabular.separated(address, form, config.downloads)
+    schema = _json_schema(form)
+
+    def work(block: tuple[int, bytes]) -> Parsed:
+        return parse(block[1], block[0], schema, literals=form.literals)
+
+    return _ahead(work, files.blocks(address, config.downloads), pa.cpu_count())
+
+
+def _json_schema(form: Format) -> pa.Schema:
+    kinds: dict[str, pa.DataType] = {"timestamp": pa.float64(), "rating": pa.float64()}
+    return pa.schema(
+        {
+            theirs: pa.list_(pa.string()) if theirs in form.lists else kinds.get(ours, pa.string())
+            for ours, group in form.names.items()
+            for theirs in group
+        }
     )
 
 
-def _parse_json(line: bytes) -> Row:
-    try:
-        row = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise _LineError("malformed JSON", error) from None
-    if not isinstance(row, dict):
-        raise _LineError("not a JSON object", line[:80])
-    return row
+def _ahead(
+    work: Callable[[tuple[int, bytes]], Parsed], blocks: Iterable[tuple[int, bytes]], threads: int
+) -> Iterator[Parsed]:
+    """Results in order, with as many blocks in work as there are threads."""
+    waiting: deque[Future[Parsed]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for block in blocks:
+            waiting.append(pool.submit(work, block))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
-def _review(row: Row, number: int) -> tuple[Row, Row | None]:
-    """A line of a review file as an interaction and, where it names the item's title, an item."""
-    item_id = _identifier(row.get("asin"), "review without item")
-    rating, time = row.get("overall"), row.get("unixReviewTime")
-    interaction = {
-        "user_id": _identifier(row.get("reviewerID"), "review without user"),
-        "item_id": item_id,
-        "timestamp": _timestamp(time),
-        "rating": None if rating is None else _rating(rating),
-        "review": _text(row.get("reviewText")),
-        "order": number,
-    }
-    title = _text(row.get("title"))
-    item = {"item_id": item_id, "title": title, "order": number, "categories": []} if title else None
-    return interaction, item
+def _interactions(parsed: Parsed, form: Format, address: str, config: PrepareConfig) -> Chunk:
+    frame = _frame(parsed, form, "interactions")
+    if form.kind == "sequences":
+        frame = _unrolled(frame)
+    raw_time = _number("timestamp")
+    in_ms = raw_time.abs() >= MILLISECONDS
+    frame = frame.with_columns(
+        user_id=pl.col("user_id").str.strip_chars(),
+        item_id=pl.col("item_id").str.strip_chars(),
+        seconds=pl.when(in_ms).then(raw_time / 1000).otherwise(raw_time).floor(),
+        in_ms=in_ms,
+        score=_number("rating"),
+        long=pl.col("review").str.len_chars() > config.max_review_chars,
+    )
+    seconds, score = pl.col("seconds"), pl.col("score")
+    latest = time.time() + DAY_S  # Clocks and zones differ.
+    frame = frame.with_columns(
+        reason=pl.when(_empty("item_id"))
+        .then(pl.lit("interaction without item"))
+        .when(_empty("user_id"))
+        .then(pl.lit("interaction without user"))
+        .when(seconds.is_null() | seconds.is_nan())
+        .then(pl.lit("interaction without time"))
+        .when(seconds < 0)
+        .then(pl.lit("time before 1970"))
+        .when(seconds > latest)
+        .then(pl.lit("time in the future"))
+        .when(pl.col("rating").is_not_null() & ~score.is_between(1, 5).fill_null(False))
+        .then(pl.lit("rating not from 1 to 5"))
+    )
+    good = frame.filter(pl.col("reason").is_null())
+    cut = pl.col("review").str.head(config.max_review_chars)
+    rows = good.select(
+        "user_id",
+        "item_id",
+        timestamp=pl.col("seconds").cast(pl.Int64),
+        rating=pl.col("score").cast(pl.Float32),
+        order=pl.col("number"),
+        review=pl.when(pl.col("review") != "").then(pl.when(pl.col("long")).then(cut).otherwise(pl.col("review"))),
+    )
+    found = dict(zip(MENDED, (good["in_ms"].sum() * (not form.milliseconds), good["long"].sum()), strict=True))
+    return Chunk(
+        interactions=rows.to_arrow().cast(RAW_INTERACTIONS),
+        items=_told_items(good),
+        rejects=_rejects(parsed, frame, address),
+        mended=Counter({what: int(count) for what, count in found.items() if count}),
+    )
 
 
-def _metadata(row: Row, number: int) -> tuple[None, Row]:
-    """A line of a metadata file as an item."""
-    return None, {
-        "item_id": _identifier(row.get("asin"), "metadata without item"),
-        "title": _text(row.get("title")),
-        "description": " ".join(_texts(row.get("description")))[:RAW_DESCRIPTION_CHARS],
-        "brand": _text(row.get("brand")),
-        "categories": _texts(row.get("category")),
-        "order": number,
-    }
+def _items(parsed: Parsed, form: Format, address: str, config: PrepareConfig) -> Chunk:
+    frame = _frame(parsed, form, "items").with_columns(item_id=pl.col("item_id").str.strip_chars())
+    frame = frame.with_columns(reason=pl.when(_empty("item_id")).then(pl.lit("item without id")))
+    good = frame.filter(pl.col("reason").is_null())
+    kept = good.select(
+        "item_id",
+        "title",
+        pl.col("description").str.head(RAW_DESCRIPTION_CHARS),
+        "brand",
+        "categories",
+        order=pl.col("number"),
+    )
+    return Chunk(
+        interactions=RAW_INTERACTIONS.empty_table(),
+        items=kept.to_arrow().cast(RAW_ITEMS),
+        rejects=_rejects(parsed, frame, address),
+    )
 
 
-def _identifier(value: object, reason: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise _LineError(reason, repr(value))
-    return value.strip()
+def _frame(parsed: Parsed, form: Format, role: FileKind) -> pl.DataFrame:
+    """The parsed columns under our names and as texts, numbers or, for categories, lists; with the rows' numbers."""
+    theirs = pl.from_arrow(parsed.table)
+    assert isinstance(theirs, pl.DataFrame)
+    columns = [pl.Series("number", parsed.numbers, dtype=pl.Int64)]
+    for ours in COLUMNS[role]:
+        parts = [theirs[name] for name in form.names.get(ours, ())]
+        columns.append(_column(ours, parts, theirs.height, keep_lists=form.kind == "sequences").alias(ours))
+    return pl.DataFrame(columns)
 
 
-def _timestamp(value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _LineError("review without time", repr(value))
-    if not 0 <= value < LATEST_TIMESTAMP:
-        raise _LineError("time not in seconds since 1970", repr(value))
-    return int(value)
+def _column(ours: str, parts: list[pl.Series], height: int, *, keep_lists: bool) -> pl.Series:
+    if not parts:
+        kind = pl.List(pl.String) if ours == "categories" else pl.String
+        return pl.Series(ours, [None] * height, dtype=kind)
+    if ours == "categories":
+        one = parts[0]
+        if isinstance(one.dtype, pl.List):
+            return one.cast(pl.List(pl.String))
+        return one.cast(pl.String).to_frame("x").select(pl.concat_list("x").list.drop_nulls()).to_series()
+    if keep_lists and ours == "item_id":
+        return parts[0]
+    flat = [_flat(part) for part in parts]
+    if len(flat) == 1:
+        return flat[0]
+    return pl.DataFrame(flat).select(pl.concat_str(pl.all(), separator=" ", ignore_nulls=True)).to_series()
 
 
-def _rating(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= 5:
-        raise _LineError("rating not from 1 to 5", repr(value))
-    return float(value)
+def _flat(part: pl.Series) -> pl.Series:
+    if isinstance(part.dtype, pl.List):
+        return part.cast(pl.List(pl.String)).list.join(" ", ignore_nulls=True)
+    if part.dtype.is_temporal():
+        return part.dt.epoch("s")
+    return part if part.dtype.is_numeric() else part.cast(pl.String)
 
 
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
+def _unrolled(frame: pl.DataFrame) -> pl.DataFrame:
+    """A row for each item of a sequence; its place stands for the time."""
+    rows = frame.explode("item_id", empty_as_null=True)
+    place = pl.int_range(pl.len()).over("number").cast(pl.Float64)
+    return rows.with_columns(timestamp=place)
 
 
-def _texts(value: object) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [entry for entry in values if isinstance(entry, str) and entry]
+def _number(name: str) -> pl.Expr:
+    """A column as numbers; what is none becomes null."""
+    return pl.col(name).cast(pl.Float64, strict=False)
 
 
-def tidy_item(title: str | None, description: str | None, brand: str | None, categories: list[str]) -> Row:
-    """An item's raw fields without markup, debris and place holders; what is unreadable becomes empty.
-
-    >>> tidy_item('<span class="a-size', "var aPageStart = (new Date()).getTime();", "by\\n   Fernleaf", ["Tea", "Tea"])
-    {'title': '', 'description': '', 'brand': 'Fernleaf', 'categories': ['Tea']}
-    """
-    brand = clean(_BRAND_BY.sub("", brand)) if brand and not _SCRIPT.search(brand) else ""
-    page = _BRAND_PAGE.fullmatch(brand)
-    kinds = (clean(category) for category in categories)
-    return {
-        "title": _readable(title, TITLE_CHARS),
-        "description": _readable(description, DESCRIPTION_CHARS),
-        "brand": page.group(1) if page else brand,
-        "categories": list(dict.fromkeys(kind for kind in kinds if kind)),
-    }
+def _empty(name: str) -> pl.Expr:
+    return pl.col(name).is_null() | (pl.col(name) == "")
 
 
-def _readable(raw: str | None, chars: int) -> str:
-    if not raw or _SCRIPT.search(raw):
-        return ""
-    return textwrap.shorten(_PLACEHOLDER.sub("", clean(raw)), chars, placeholder=" …")
+def _told_items(good: pl.DataFrame) -> pa.Table:
+    """Items that the rows name by title; reviews repeat one title over and over."""
+    named = good.filter(~_empty("title")).unique("item_id", keep="first", maintain_order=True)
+    bare = {"description": pl.lit(None, pl.String), "brand": pl.lit(None, pl.String)}
+    kept = named.select("item_id", "title", **bare, categories=pl.lit(None, pl.List(pl.String)), order="number")
+    return kept.to_arrow().cast(RAW_ITEMS)
 
 
-def _lines(address: str, downloads: str) -> Iterator[tuple[int, bytes]]:
-    """Lines that are not blank, with their numbers from 1."""
-    number = 0
-    again = "Copy or download the file again"
-    try:
-        with _open(address, downloads) as raw:
-            zipped = address.partition("?")[0].endswith(".gz")
-            stream = io.BufferedReader(gzip.GzipFile(fileobj=raw), 2**20) if zipped else raw  # type: ignore[arg-type]
-            for number, line in enumerate(stream, start=1):
-                if not line.isspace():
-                    yield number, line
-    except FileNotFoundError as error:
-        raise DataError(
-            f"no file {address}",
-            remedy="Check the paths in prepare.domains; relative ones start where the command runs",
-        ) from error
-    except EOFError as error:
-        raise DataError(f"{address}:{number + 1} is cut off: the gzip stream ends early", remedy=again) from error
-    except gzip.BadGzipFile as error:
-        what = f"{address}:{number + 1} is damaged: {error}" if number else f"{address} is not gzip"
-        raise DataError(what, remedy=f"{again}; a plain file's name must not end in .gz") from error
-    except (zlib.error, OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{address}:{number + 1} cannot be read: {error}", remedy=again) from error
+def _rejects(parsed: Parsed, frame: pl.DataFrame, address: str) -> tuple[Reject, ...]:
+    lines = [Reject(key=f"{address}:{number}", reason=why, detail=detail) for number, why, detail in parsed.faults]
+    for row in frame.filter(pl.col("reason").is_not_null()).iter_rows(named=True):
+        detail = _detail(row)
+        lines.append(Reject(key=f"{address}:{row['number']}", reason=row["reason"], detail=detail))
+    return tuple(sorted(lines, key=lambda reject: int(reject.key.rpartition(":")[2])))
 
 
-@contextmanager
-def _open(address: str, downloads: str) -> Iterator[BinaryIO]:
-    if address.startswith(("http://", "https://")):
-        address = str(fetch(address, Path(downloads)))
-    filesystem: pafs.FileSystem
-    if "://" in address:
-        filesystem, address = pafs.FileSystem.from_uri(address)
-    else:
-        filesystem = pafs.LocalFileSystem()
-    with (
-        filesystem.open_input_stream(address, compression=None) as stream,
-        io.BufferedReader(stream, 2**20) as buffered,
-    ):
-        yield buffered
+def _detail(row: Row) -> str:
+    """The value that a reason is about."""
+    about = {"item": "item_id", "id": "item_id", "user": "user_id", "5": "rating"}
+    value = row[about.get(row["reason"].rpartition(" ")[2], "timestamp" if "timestamp" in row else "item_id")]
+    return repr(value)[:200]

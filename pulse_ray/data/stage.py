@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -44,17 +44,28 @@ def prepare(stage: StageRun, each: Each) -> dict[str, Metrics]:
     """The steps in order; `each` decides where they run."""
     scratch = stage.workspace.artefact(SCRATCH)
     scratch.delete()
+    domains = range(len(stage.config.prepare.domains))
     try:
-        domains = range(len(stage.config.prepare.domains))
-        steps = [*_read(stage, each, domains), *_filter(stage, each, domains)]
-        limits = _limits(stage, each, domains)
+        read = each(preparation.read_file, [(d, file) for d in domains for file in preparation.file_numbers(stage, d)])
+        _check_read(stage, read)
+        unique = each(preparation.deduplicate, _pairs(stage, domains))
+        chosen = each(preparation.choose, [(d,) for d in domains])
+        _check_chosen(stage, chosen)
         _replace(stage)
-        kept = each(preparation.split, [(*pair, limits[pair[0]]) for pair in _pairs(stage, domains)])
+        cuts = {d: (counts["validation_from"], counts["test_from"]) for d, counts in chosen.items()}
+        kept = each(preparation.split, [(*pair, *cuts[pair[0]]) for pair in _pairs(stage, domains)])
+        each(preparation.tally, [(d,) for d in domains])
         items = each(preparation.describe, _pairs(stage, domains))
     finally:
         scratch.delete()
+    found = {d: read[d] | unique[d] | chosen[d] for d in domains}
     return {
-        "interactions": {"steps": steps + [_after(stage, "kept", d, kept[d], items[d]["items"]) for d in domains]},
+        "interactions": {
+            "steps": [step for d in domains for step in _steps(stage, d, found[d], kept[d])],
+            "accounting": [_account(stage, d, found[d]) for d in domains],
+            "mended": [entry for d in domains for entry in _mended(stage, d, read[d] | items[d])],
+            "cuts": [_cuts(stage, d, cuts[d]) for d in domains if stage.config.prepare.split == "temporal"],
+        },
         "items": {key: sum(counts[key] for counts in items.values()) for key in preparation.ITEM_COUNTS},
         "examples": {split: sum(counts[split] for counts in kept.values()) for split in SPLITS},
     }
@@ -71,55 +82,69 @@ def _replace(stage: StageRun) -> None:
         stage.rejects.write(part, aside.read(part))
 
 
-def _read(stage: StageRun, each: Each, domains: Sequence[int]) -> list[Metrics]:
-    """Reads every file and removes duplicates."""
-    read = each(preparation.read_file, [(d, file) for d in domains for file in preparation.files(stage, d)])
-    unique = each(preparation.deduplicate, _pairs(stage, domains))
-    items = each(preparation.weigh, [(d,) for d in domains])
-    for domain in domains:
-        if not read[domain]["rows"]:
+def _check_read(stage: StageRun, read: Totals) -> None:
+    for domain, counts in read.items():
+        if not counts["rows"]:
             name = stage.config.prepare.domains[domain].name
-            raise DataError(f"domain '{name}' has no reviews", remedy="Check the files in prepare.domains")
-    steps = []
-    for domain in domains:
-        raw = unique[domain] | {"rows": read[domain]["rows"]}
-        steps.append(_after(stage, "read", domain, raw, items[domain]["items"]))
-        steps.append(_after(stage, "unique", domain, unique[domain], items[domain]["items"]))
-    return steps
+            raise DataError(f"domain '{name}' has no interactions", remedy="Check the files in prepare.domains")
 
 
-def _filter(stage: StageRun, each: Each, domains: Sequence[int]) -> list[Metrics]:
-    """Drops rare users and items: once, or until none is left."""
+def _check_chosen(stage: StageRun, chosen: Totals) -> None:
     prepare = stage.config.prepare
-    steps = []
-    unsettled = list(domains)
-    while unsettled:
-        left = each(preparation.thin, _pairs(stage, unsettled))
-        items = each(preparation.weigh, [(d,) for d in unsettled])
-        for domain in tuple(unsettled):
-            if not left[domain]["rows"]:
-                raise DataError(
-                    f"the filter leaves nothing of domain '{prepare.domains[domain].name}' with min_user_interactions "
-                    f"{prepare.min_user_interactions} and min_item_interactions {prepare.min_item_interactions}",
-                    remedy="Lower prepare.min_user_interactions or prepare.min_item_interactions",
-                )
-            if prepare.filter == "single_pass" or not items[domain]["rare"]:
-                steps.append(_after(stage, "filtered", domain, left[domain], items[domain]["items"]))
-                unsettled.remove(domain)
-    return steps
+    for domain, counts in chosen.items():
+        if not counts["kept_rows"]:
+            raise DataError(
+                f"the filter leaves nothing of domain '{prepare.domains[domain].name}' with min_user_interactions "
+                f"{prepare.min_user_interactions} and min_item_interactions {prepare.min_item_interactions}",
+                remedy="Lower prepare.min_user_interactions or prepare.min_item_interactions",
+            )
 
 
-def _limits(stage: StageRun, each: Each, domains: Sequence[int]) -> dict[int, int]:
-    """The largest hash of a user that is kept, by domain."""
-    if stage.config.prepare.max_users is None:
-        return dict.fromkeys(domains, preparation.EVERYONE)
-    each(preparation.rank, _pairs(stage, domains))
-    return {domain: counts["limit"] for domain, counts in each(preparation.limit, [(d,) for d in domains]).items()}
+def _steps(stage: StageRun, domain: int, found: Counts, kept: Counts) -> Iterator[Metrics]:
+    """Rows, users and items after each step."""
+    sizes = {"read": (found["rows"], found["users"], found["items"])}
+    if stage.config.prepare.min_rating is not None:
+        sizes["rated"] = (found["rated"], found["rated_users"], found["rated_items"])
+    sizes["unique"] = (found["unique"], found["rated_users"], found["rated_items"])
+    sizes["filtered"] = (found["filtered_rows"], found["filtered_users"], found["filtered_items"])
+    sizes["kept"] = (kept["rows"], kept["users"], found["kept_items"])
+    for step, (rows, users, items) in sizes.items():
+        yield {"domain": _name(stage, domain), "step": step, "rows": rows, "users": users, "items": items}
 
 
-def _after(stage: StageRun, step: str, domain: int, counts: Counts, items: int) -> Metrics:
-    name = stage.config.prepare.domains[domain].name
-    return {"domain": name, "step": step, "rows": counts["rows"], "users": counts["users"], "items": items}
+def _account(stage: StageRun, domain: int, found: Counts) -> Metrics:
+    """Where every interaction of the files went; it stands in the manifest.
+
+    Raises:
+        AssertionError: some are unaccounted for.
+    """
+    account = {
+        "lines": found["rows"] + found.get("rejects", 0),
+        "rejects": found.get("rejects", 0),
+        "read": found["rows"],
+        "below_rating": found["rows"] - found["rated"],
+        "duplicates": found["rated"] - found["unique"],
+        "filtered": found["unique"] - found["filtered_rows"],
+        "sampled_out": found["filtered_rows"] - found["kept_rows"],
+        "written": preparation.written(stage, domain),
+    }
+    out = sum(account[name] for name in ("below_rating", "duplicates", "filtered", "sampled_out", "written"))
+    assert account["read"] == out and min(account.values()) >= 0, f"{_name(stage, domain)}: rows were lost: {account}"
+    return {"domain": _name(stage, domain), **account}
+
+
+def _mended(stage: StageRun, domain: int, counts: Counts) -> Iterator[Metrics]:
+    for what, rows in sorted(counts.items()):
+        if what.startswith("mended "):
+            yield {"domain": _name(stage, domain), "what": what.removeprefix("mended "), "rows": rows}
+
+
+def _cuts(stage: StageRun, domain: int, cuts: tuple[int, int]) -> Metrics:
+    return {"domain": _name(stage, domain), "validation_from": cuts[0], "test_from": cuts[1]}
+
+
+def _name(stage: StageRun, domain: int) -> str:
+    return stage.config.prepare.domains[domain].name
 
 
 def _pairs(stage: StageRun, domains: Iterable[int]) -> list[Numbers]:

@@ -184,7 +184,7 @@ def test_metadata_names_items_and_reviews_fill_in(prepared: Prepare, tmp_path: P
     result = prepared(domains=[domain], max_reject_fraction=0.5, **LOOSE)
     texts = {item["item_id"]: item["text"] for item in result.rows("items")}
     assert texts == {"a": "Soap (Fern)", "b": "Tea (Calder)", "c": "Review's c"}
-    assert result.stage.rejected() == {"metadata without item": 1}
+    assert result.stage.rejected() == {"item without id": 1}
 
 
 def test_order_of_work_and_repetition_change_nothing(prepared: Prepare) -> None:
@@ -223,7 +223,7 @@ def test_a_filter_that_leaves_nothing_says_so(prepared: Prepare) -> None:
 
 def test_a_data_set_without_usable_rows_says_so(prepared: Prepare, tmp_path: Path) -> None:
     path = write_lines(tmp_path / "reviews.json", [{"asin": "x"}])
-    with pytest.raises(DataError, match="domain 'shop' has no reviews"):
+    with pytest.raises(DataError, match="domain 'shop' has no interactions"):
         prepared(domains=[amazon(path)], max_reject_fraction=1.0)
 
 

@@ -9,15 +9,19 @@ from threading import Thread
 import pytest
 from worlds import SYNTHETIC, amazon, review, write_lines
 
-from pulse_ray.config import DomainConfig, PrepareConfig
+from pulse_ray.config import DomainConfig, FileSource, PrepareConfig
 from pulse_ray.data.download import fetch
-from pulse_ray.data.sources import Chunk, FileKind, identity, read, tidy_item
+from pulse_ray.data.files import FileKind, identity
+from pulse_ray.data.sources import Chunk, read
+from pulse_ray.data.tidy import tidy_item
 from pulse_ray.errors import DataError
 
 
-def chunks(path: Path, kind: FileKind = "reviews", max_reject_fraction: float = 0.5) -> list[Chunk]:
+def chunks(path: Path, kind: FileKind = "interactions", max_reject_fraction: float = 0.5) -> list[Chunk]:
     config = PrepareConfig.model_validate({"domains": [amazon(path)], "max_reject_fraction": max_reject_fraction})
-    return list(read(str(path), kind, config))
+    source = config.domains[0].source
+    assert isinstance(source, FileSource)
+    return list(read(str(path), kind, source, config))
 
 
 def test_unusable_lines_are_set_aside_with_file_line_and_reason(tmp_path: Path) -> None:
@@ -25,10 +29,10 @@ def test_unusable_lines_are_set_aside_with_file_line_and_reason(tmp_path: Path) 
     bad = {
         "malformed JSON": '{"asin": "x"',
         "not a JSON object": "[1]",
-        "review without item": review("u", "", 1),
-        "review without user": review("u", "i", 1) | {"reviewerID": None},
-        "review without time": {"reviewerID": "u", "asin": "i"},
-        "time not in seconds since 1970": review("u", "i", 1_500_000_000_000),
+        "interaction without item": review("u", "", 1),
+        "interaction without user": review("u", "i", 1) | {"reviewerID": None},
+        "interaction without time": {"reviewerID": "u", "asin": "i"},
+        "time before 1970": review("u", "i", -1),
         "rating not from 1 to 5": review("u", "i", 1, overall=0),
     }
     path = write_lines(tmp_path / "reviews.json", [*good, "", *bad.values()])
@@ -43,7 +47,7 @@ def test_too_many_rejects_stop_at_the_first(tmp_path: Path) -> None:
     rows = [review("u", f"i{n}", n) for n in range(8)]
     path = write_lines(tmp_path / "reviews.json.gz", [*rows[:3], {"asin": "x"}, *rows[3:], "nonsense"])
     assert chunks(path, max_reject_fraction=0.2)
-    with pytest.raises(DataError, match=r"reviews\.json\.gz:4: review without user \(and 1 more of 10 lines\)"):
+    with pytest.raises(DataError, match=r"reviews\.json\.gz:4: interaction without user \(and 1 more of 10 rows\)"):
         chunks(path, max_reject_fraction=0.19)
 
 
@@ -116,7 +120,7 @@ def test_identity_follows_the_file(tmp_path: Path) -> None:
     assert of(domain) not in (before, "missing")
     assert of(SYNTHETIC) == ""
     address = "https://data.example/x.json.gz"
-    assert of({"name": "far", "source": {"kind": "amazon2018", "reviews": address}}) == address
+    assert of({"name": "far", "source": {"kind": "amazon2018", "interactions": address}}) == address
 
 
 CONTENT = bytes(range(256)) * 40

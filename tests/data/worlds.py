@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from pulse_ray.config import Config
-from pulse_ray.data import sources
+from pulse_ray.data import files
 from pulse_ray.workspace import StageRun, StageSpec, Workspace
 
 SPEC = StageSpec(
@@ -53,7 +53,7 @@ Prepare = Callable[..., Prepared]
 def bind(storage: Path, settings: dict[str, Any]) -> StageRun:
     """The stage with these settings of its section, in a workspace below `storage`."""
     config = Config.model_validate({"name": "run", "storage": str(storage), "prepare": settings})
-    fingerprint = config.fingerprint(SPEC.settings, [sources.identity(domain) for domain in config.prepare.domains])
+    fingerprint = config.fingerprint(SPEC.settings, [files.identity(domain) for domain in config.prepare.domains])
     return StageRun(workspace=Workspace(str(storage), "run"), config=config, spec=SPEC, fingerprint=fingerprint)
 
 
@@ -71,7 +71,7 @@ def write_lines(path: Path, rows: Iterable[Any]) -> Path:
 
 def amazon(reviews: Path, metadata: Path | None = None, name: str = "shop") -> dict[str, Any]:
     """The settings of a domain that reads these files."""
-    source = {"kind": "amazon2018", "reviews": str(reviews), "metadata": metadata and str(metadata)}
+    source = {"kind": "amazon2018", "interactions": str(reviews), "items": [str(metadata)] if metadata else []}
     return {"name": name, "source": source}
 
 

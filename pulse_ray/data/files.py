@@ -1,0 +1,178 @@
+"""Outside files: where a domain's lie, what names their content, and their bytes, block by block of whole lines.
+
+Local paths, folders and patterns, URIs of pyarrow's filesystems (`s3://`, `gs://`) and http(s) addresses, which are
+downloaded first. Names that end in `.gz` and `.zst` are decompressed on the way; no file is ever held whole.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+from isal import igzip, isal_zlib
+
+from pulse_ray.config import DomainConfig, FileSource
+from pulse_ray.data.download import fetch
+from pulse_ray.errors import DataError, first_line
+
+FileKind = Literal["interactions", "items"]
+BLOCK_BYTES = 2**23
+"""Bytes of a block before its last line is made whole: some ten thousand reviews."""
+
+_AGAIN = "Copy or download the file again"
+
+
+def addresses(domain: DomainConfig) -> dict[FileKind, tuple[str, ...]]:
+    """The domain's outside files as they are configured; local paths are made absolute."""
+    source = domain.source
+    if not isinstance(source, FileSource):
+        return {}
+    given: dict[FileKind, tuple[str, ...]] = {"interactions": source.interactions, "items": source.items}
+    return {kind: tuple(map(_absolute, names)) for kind, names in given.items() if names}
+
+
+def found(domain: DomainConfig) -> list[tuple[FileKind, str]]:
+    """Every file of a domain, folders and patterns resolved, in an order that depends on names alone.
+
+    Raises:
+        DataError: a folder or a pattern holds no file.
+    """
+    return [(kind, one) for kind, names in addresses(domain).items() for name in names for one in _expand(name)]
+
+
+def identity(domain: DomainConfig) -> str:
+    """What a fingerprint should know of the domain's outside files; nothing is opened or downloaded.
+
+    Local files are named by path, size and time of change, or `missing`; remote ones by address.
+    """
+    return ";".join(_file_identity(name) for names in addresses(domain).values() for name in names)
+
+
+def stem(address: str) -> str:
+    """The name in small letters, without a query and without the ending of its compression.
+
+    >>> stem("https://data.example/Books.JSONL.gz?version=2")
+    'https://data.example/books.jsonl'
+    """
+    return address.partition("?")[0].lower().removesuffix(".gz").removesuffix(".zst")
+
+
+def blocks(address: str, downloads: str) -> Iterator[tuple[int, bytes]]:
+    """Blocks of whole lines, each with the number of its first line, counted from 1.
+
+    Raises:
+        DataError: the file is missing, damaged or cut off; the line is named.
+    """
+    number, rest = 1, b""
+    with _told(address, lambda: number), opened(address, downloads) as stream:
+        while fresh := stream.read(BLOCK_BYTES):
+            whole, newline, tail = fresh.rpartition(b"\n")
+            if not newline:  # A line that is longer than a block.
+                rest += fresh
+                continue
+            block, rest = rest + whole + newline, tail
+            yield number, block
+            number += block.count(b"\n")
+        if rest:
+            yield number, rest
+
+
+@contextmanager
+def opened(address: str, downloads: str) -> Iterator[BinaryIO]:
+    """The decompressed bytes of a file."""
+    filesystem, path = _located(address, downloads)
+    with filesystem.open_input_stream(path, compression=None) as raw, io.BufferedReader(raw, 2**20) as buffered:
+        name = address.partition("?")[0]
+        if name.endswith(".gz"):
+            if buffered.peek(2)[:2] not in (b"\x1f\x8b", b""):
+                raise DataError(f"{address} is not gzip", remedy=f"{_AGAIN}; a plain file's name must not end in .gz")
+            yield cast(BinaryIO, igzip.IGzipFile(fileobj=buffered))  # type: ignore[no-untyped-call]
+        elif name.endswith(".zst"):
+            yield cast(BinaryIO, pa.CompressedInputStream(buffered, "zstd"))
+        else:
+            yield cast(BinaryIO, buffered)
+
+
+@contextmanager
+def seekable(address: str, downloads: str) -> Iterator[pa.NativeFile]:
+    """A file that is read at any place, for parquet.
+
+    Raises:
+        DataError: as `blocks`.
+    """
+    with _told(address, lambda: 0):
+        filesystem, path = _located(address, downloads)
+        with filesystem.open_input_file(path) as file:
+            yield file
+
+
+def _located(address: str, downloads: str) -> tuple[pafs.FileSystem, str]:
+    if address.startswith(("http://", "https://")):
+        address = str(fetch(address, Path(downloads)))
+    if "://" not in address:
+        return pafs.LocalFileSystem(), address
+    filesystem, path = pafs.FileSystem.from_uri(address)
+    return filesystem, str(path)
+
+
+@contextmanager
+def _told(address: str, line: Callable[[], int]) -> Iterator[None]:
+    """Errors of reading as `DataError`s that name file and line, where `line()` knows it."""
+
+    def where() -> str:
+        return f"{address}:{line()}" if line() else address
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise DataError(
+            f"no file {address}",
+            remedy="Check the paths in prepare.domains; relative ones start where the command runs",
+        ) from error
+    except EOFError as error:
+        raise DataError(f"{where()} is cut off: the gzip stream ends early", remedy=_AGAIN) from error
+    except gzip.BadGzipFile as error:
+        raise DataError(f"{where()} is damaged: {error}", remedy=_AGAIN) from error
+    except (isal_zlib.IsalError, zlib.error, OSError, pa.ArrowException) as error:  # type: ignore[misc]
+        raise DataError(f"{where()} cannot be read: {first_line(error)}", remedy=_AGAIN) from error
+
+
+def _absolute(address: str) -> str:
+    return address if "://" in address else str(Path(address).expanduser().absolute())
+
+
+def _expand(address: str) -> list[str]:
+    if address.startswith(("http://", "https://")):
+        return [address]
+    scheme, path, filesystem = "", address, cast(pafs.FileSystem, pafs.LocalFileSystem())
+    if "://" in address:
+        scheme = address.partition("://")[0] + "://"
+        filesystem, path = pafs.FileSystem.from_uri(address)
+    folder, _, pattern = path.rpartition("/")
+    if "*" not in pattern:
+        if filesystem.get_file_info(path).type != pafs.FileType.Directory:
+            return [address]
+        folder, pattern = path, "[!._]*"
+    infos = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
+    names = sorted(info.path for info in infos if info.is_file and fnmatch(info.base_name, pattern))
+    if not names:
+        raise DataError(f"no file in {address}", remedy="Check the paths in prepare.domains")
+    return [f"{scheme}{name}" for name in names]
+
+
+def _file_identity(address: str) -> str:
+    if "://" in address:
+        return address
+    try:
+        stated = [(name, Path(name).stat()) for name in _expand(address)]
+    except (OSError, DataError):
+        return "missing"
+    return ",".join(f"{name}:{status.st_size}:{status.st_mtime_ns}" for name, status in stated)

@@ -1,0 +1,183 @@
+"""Formats of outside files: how each is told, and under which names it keeps our columns.
+
+amazon2014   JSON lines; metadata may be Python literals           reviewerID, asin, overall, reviewText
+amazon2018   JSON lines; some reviews carry the item's title       the same; category[], description[]
+amazon2023   JSON lines; times in milliseconds                     user_id, parent_asin, rating, text; store
+recbole      atomic files: tabs, a header of `name:type`           user_id, item_id, rating, timestamp
+table        parquet, csv, JSON lines                              as `source.columns` says
+sequences    JSON lines of ordered items, without times            user_id, items[]
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+
+from pulse_ray.config import FileSource
+from pulse_ray.data import files
+from pulse_ray.data.files import FileKind
+from pulse_ray.data.jsonlines import LineError, loads
+from pulse_ray.errors import DataError
+
+Container = Literal["json", "csv", "parquet"]
+SNIFFED_LINES = 100
+"""Lines among which the first usable one tells the format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """What a file is, and where it keeps what.
+
+    `names` gives, for each column of ours, the file's columns that make it; texts of several are joined. Columns that
+    the file lacks are left out. `lists` are those of the file's columns whose values are lists of texts.
+    """
+
+    kind: str
+    container: Container
+    names: Mapping[str, tuple[str, ...]]
+    lists: Collection[str] = ()
+    delimiter: str = ","
+    literals: bool = False
+    milliseconds: bool = False
+    header: Mapping[str, str] = field(default_factory=dict)
+    """For csv: the file's name of a column by the name without its type."""
+
+
+_REVIEW = {"user_id": "reviewerID", "item_id": "asin", "timestamp": "unixReviewTime", "rating": "overall"}
+_REVIEW |= {"review": "reviewText", "title": "title"}
+_REVIEW_2023 = {"user_id": "user_id", "item_id": "parent_asin", "timestamp": "timestamp", "rating": "rating"}
+_REVIEW_2023 |= {"review": "text"}
+
+NAMES: dict[tuple[str, FileKind], dict[str, tuple[str, ...]]] = {
+    ("amazon2014", "interactions"): {ours: (theirs,) for ours, theirs in _REVIEW.items()},
+    ("amazon2018", "interactions"): {ours: (theirs,) for ours, theirs in _REVIEW.items()},
+    ("amazon2023", "interactions"): {ours: (theirs,) for ours, theirs in _REVIEW_2023.items()},
+    ("sequences", "interactions"): {"user_id": ("user_id",), "item_id": ("items",)},
+    ("amazon2014", "items"): {
+        "item_id": ("asin",),
+        "title": ("title",),
+        "description": ("description",),
+        "brand": ("brand",),
+        "categories": ("categories",),
+    },
+    ("amazon2018", "items"): {
+        "item_id": ("asin",),
+        "title": ("title",),
+        "description": ("description",),
+        "brand": ("brand",),
+        "categories": ("category",),
+    },
+    ("amazon2023", "items"): {
+        "item_id": ("parent_asin",),
+        "title": ("title",),
+        "description": ("description", "features"),
+        "brand": ("store",),
+        "categories": ("categories",),
+    },
+}
+COLUMNS: dict[FileKind, tuple[str, ...]] = {
+    "interactions": ("user_id", "item_id", "timestamp", "rating", "review", "title"),
+    "items": ("item_id", "title", "description", "brand", "categories"),
+}
+NEEDED: dict[FileKind, tuple[str, ...]] = {"interactions": ("user_id", "item_id"), "items": ("item_id",)}
+
+
+def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Format:
+    """The format of a file, from the configuration or else from its ending and its first usable line.
+
+    Raises:
+        DataError: it is of no known format, or lacks a column that is needed.
+    """
+    stem = files.stem(address)
+    if stem.endswith(".parquet"):
+        with files.seekable(address, downloads) as file:
+            schema = pq.read_schema(file)
+        lists = [one.name for one in schema if str(one.type).startswith(("list", "large_list"))]
+        return _named(address, role, source, "parquet", dict.fromkeys(schema.names), lists)
+    if stem.endswith((".inter", ".item", ".csv", ".tsv")) or source.kind == "recbole":
+        return _separated(address, role, source, downloads)
+    example, literal = _first_object(address, downloads)
+    kind = source.kind if source.kind not in ("auto", "sequences") else _kind(example, role)
+    if kind == "auto":
+        keys = ", ".join(list(example)[:8])
+        raise DataError(
+            f"{address}: no format has lines with the keys {keys or '(none: no line is a JSON object)'}",
+            remedy="Name source.kind, or what its columns are called in source.columns with source.kind=table",
+        )
+    if kind == "table":
+        lists = [key for key, value in example.items() if isinstance(value, list)]
+        return _named(address, role, source, "json", example, lists)
+    names = NAMES[kind, role]
+    theirs = [name for group in names.values() for name in group]
+    return Format(
+        kind=kind,
+        container="json",
+        names=names,
+        lists=[name for name in theirs if isinstance(example.get(name), list)],
+        literals=literal or kind == "amazon2014",
+        milliseconds=kind == "amazon2023",
+    )
+
+
+def _kind(example: Mapping[str, Any], role: FileKind) -> str:
+    if role == "interactions" and isinstance(example.get("items"), list) and "user_id" in example:
+        return "sequences"
+    if "parent_asin" in example:
+        return "amazon2023"
+    if role == "interactions":
+        if "reviewerID" in example or "asin" in example:
+            return "amazon2018"
+        return "table" if {"user_id", "item_id"} <= example.keys() else "auto"
+    if "asin" in example:
+        return "amazon2014" if "categories" in example else "amazon2018"
+    return "table" if "item_id" in example else "auto"
+
+
+def _named(
+    address: str,
+    role: FileKind,
+    source: FileSource,
+    container: Container,
+    present: Iterable[str],
+    lists: Collection[str] = (),
+    **more: Any,
+) -> Format:
+    """A table's format, by the names that the configuration gives to its columns."""
+    present = list(present)
+    names = {ours: getattr(source.columns, ours) for ours in COLUMNS[role]}
+    for ours in NEEDED[role]:
+        if names[ours] not in present:
+            raise DataError(
+                f"{address} has no column '{names[ours]}'; it has {', '.join(present[:12])}",
+                remedy=f"Say in source.columns.{ours} what it is called",
+            )
+    kept = {ours: (theirs,) for ours, theirs in names.items() if theirs in present}
+    return Format(kind="table", container=container, names=kept, lists=lists, **more)
+
+
+def _separated(address: str, role: FileKind, source: FileSource, downloads: str) -> Format:
+    """Comma- or tab-separated values; names of atomic files end in their type."""
+    _, block = next(files.blocks(address, downloads), (0, b""))
+    first = block.partition(b"\n")[0].decode("utf-8-sig", "replace").rstrip("\r")
+    delimiter = "\t" if "\t" in first or files.stem(address).endswith((".inter", ".item", ".tsv")) else ","
+    header = next(csv.reader([first], delimiter=delimiter), [])
+    atomic = source.kind == "recbole" or files.stem(address).endswith((".inter", ".item"))
+    plain = {name.rpartition(":")[0] if atomic and ":" in name else name: name for name in header}
+    made = _named(address, role, source, "csv", plain, delimiter=delimiter, header=plain)
+    return Format(**{**vars(made), "kind": "recbole"}) if atomic else made
+
+
+def _first_object(address: str, downloads: str) -> tuple[dict[str, Any], bool]:
+    """The first line that is an object, and whether it is one of Python and not of JSON."""
+    _, block = next(files.blocks(address, downloads), (0, b""))
+    for line in block.split(b"\n", SNIFFED_LINES)[:SNIFFED_LINES]:
+        for literals in (False, True):
+            try:
+                return loads(line, literals=literals), literals
+            except LineError:
+                continue
+    return {}, False

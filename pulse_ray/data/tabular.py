@@ -1,0 +1,99 @@
+"""Parquet and separated values as batches of the wanted columns, under the file's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pc_csv
+import pyarrow.parquet as pq
+
+from pulse_ray.data import files
+from pulse_ray.data.formats import Format
+from pulse_ray.data.jsonlines import Fault, Parsed
+from pulse_ray.errors import DataError
+
+BATCH_ROWS = 50_000
+
+
+def parquet(address: str, form: Format, downloads: str) -> Iterator[Parsed]:
+    """The wanted columns, batch by batch; rows are numbered from 1."""
+    wanted = [name for group in form.names.values() for name in group]
+    number = 1
+    with files.seekable(address, downloads) as file:
+        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=wanted):
+            table = pa.Table.from_batches([batch])
+            yield Parsed(table=table, numbers=np.arange(number, number + table.num_rows))
+            number += table.num_rows
+
+
+def separated(address: str, form: Format, downloads: str) -> Iterator[Parsed]:
+    """The wanted columns as strings, batch by batch; rows are numbered from 1, the header is none.
+
+    Raises:
+        DataError: a quoted value does not end.
+    """
+    wanted = [form.header[name] for group in form.names.values() for name in group]
+    faults: list[Fault] = []
+
+    def aside(row: pc_csv.InvalidRow) -> str:
+        detail = f"{row.actual_columns} values, not {row.expected_columns}: {row.text[:120]}"
+        faults.append((0, "wrong number of values", detail))
+        return "skip"
+
+    number = 1
+    with files.opened(address, downloads) as stream:
+        try:
+            reader = pc_csv.open_csv(
+                pa.PythonFile(stream),
+                read_options=pc_csv.ReadOptions(use_threads=False, block_size=files.BLOCK_BYTES),
+                parse_options=pc_csv.ParseOptions(
+                    delimiter=form.delimiter,
+                    quote_char=False if form.kind == "recbole" else '"',
+                    newlines_in_values=form.kind != "recbole",
+                    invalid_row_handler=aside,
+                ),
+                convert_options=pc_csv.ConvertOptions(
+                    include_columns=wanted,
+                    column_types=dict.fromkeys(wanted, pa.binary()),
+                    strings_can_be_null=True,
+                    null_values=[""],
+                ),
+            )
+            for batch in reader:
+                read = _decoded(pa.Table.from_batches([batch]), number, faults, form)
+                yield read
+                number += batch.num_rows + len(faults)
+                faults.clear()
+        except pa.ArrowInvalid as error:
+            raise DataError(
+                f"{address}: from row {number} on it cannot be read: {error}",
+                remedy="Mend the file: a quoted value that does not end, or a row larger than 8 MiB",
+            ) from error
+
+
+def _decoded(table: pa.Table, first: int, faults: list[Fault], form: Format) -> Parsed:
+    """Bytes as strings under the names without types; rows that are no UTF-8 become faults."""
+    numbers = np.arange(first, first + table.num_rows)
+    plain = {theirs: name for name, theirs in form.header.items()}
+    try:
+        columns = [column.cast(pa.string()) for column in table.columns]
+    except pa.ArrowInvalid:
+        sound = [all(_is_text(value) for value in row.values()) for row in table.to_pylist()]
+        bad = [(int(number), "invalid UTF-8", "") for number, good in zip(numbers, sound, strict=True) if not good]
+        faults = [*faults, *bad]
+        table, numbers = table.filter(pa.array(sound)), numbers[np.array(sound, dtype=bool)]
+        columns = [column.cast(pa.string()) for column in table.columns]
+    # An empty value is none: a quoted one too.
+    columns = [pc.if_else(pc.equal(column, ""), None, column) for column in columns]
+    named = pa.table(dict(zip((plain[name] for name in table.column_names), columns, strict=True)))
+    return Parsed(table=named, numbers=numbers, faults=tuple(faults))
+
+
+def _is_text(value: bytes | None) -> bool:
+    try:
+        return value is None or bool(str(value, "utf-8") or True)
+    except UnicodeDecodeError:
+        return False
