@@ -23,7 +23,7 @@ import polars as pl  # noqa: E402
 import pyarrow as pa  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 
-from pulse_ray.data.sources import RAW_DESCRIPTION_CHARS, tidy_item  # noqa: E402
+from pulse_ray.data.tidy import RAW_DESCRIPTION_CHARS, tidy_item  # noqa: E402
 from pulse_ray.schema import TABLES  # noqa: E402
 from pulse_ray.text import clean, item_text  # noqa: E402
 
@@ -31,6 +31,7 @@ IMPORTED = time.monotonic()
 
 CORE = 5
 MAX_SEQUENCE = 50
+MAX_REVIEW_CHARS = 10_000
 REVIEW = {
     "reviewerID": pl.String,
     "asin": pl.String,
@@ -60,7 +61,7 @@ def read_reviews(path: str) -> pl.DataFrame:
             item_id=pl.col("asin").str.strip_chars(),
             timestamp="unixReviewTime",
             rating="overall",
-            review="reviewText",
+            review=pl.col("reviewText").str.head(MAX_REVIEW_CHARS),
         )
         .filter(
             pl.col("user_id").str.len_bytes() > 0,

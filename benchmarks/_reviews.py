@@ -9,7 +9,6 @@ The words mean nothing. A seed and a number of reviews give the same bytes each 
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 import pyarrow as pa
+from isal import igzip
 
 SEED = 5
 REVIEWS_PER_ITEM = 35
@@ -246,7 +246,7 @@ def _spell(prefix: bytes, numbers: npt.NDArray[np.uint64], digits: int) -> pl.Se
 
 def _write(path: Path, chunks: Iterator[pl.Series]) -> None:
     """Compresses in a second thread while the next chunk is made."""
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", 1, raw, mtime=0) as zipped, ThreadPoolExecutor(1) as pool:
+    with path.open("wb") as raw, igzip.IGzipFile("", "wb", 1, raw, mtime=0) as zipped, ThreadPoolExecutor(1) as pool:
         pending = None
         for chunk in chunks:
             content = _content(chunk)
