@@ -25,7 +25,7 @@ from pulse_ray.errors import DataError
 
 Container = Literal["json", "csv", "parquet"]
 SNIFFED_LINES = 100
-"""Lines among which the first usable one tells the format."""
+"""Lines that tell the format of JSON lines."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,7 @@ def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Fo
         return _named(address, role, source, "parquet", dict.fromkeys(schema.names), lists)
     if stem.endswith((".inter", ".item", ".csv", ".tsv")) or source.kind == "recbole":
         return _separated(address, role, source, downloads)
-    example, literal = _first_object(address, downloads)
+    example, literal = _example(address, downloads)
     kind = source.kind if source.kind not in ("auto", "sequences") else _kind(example, role)
     if kind == "auto":
         keys = ", ".join(list(example)[:8])
@@ -117,7 +117,7 @@ def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Fo
         kind=kind,
         container="json",
         names=names,
-        lists=[name for name in theirs if isinstance(example.get(name), list)],
+        lists=[name for name in theirs if isinstance(example.get(name), list) or name in names.get("categories", ())],
         literals=literal or kind == "amazon2014",
         milliseconds=kind == "amazon2023",
     )
@@ -155,7 +155,8 @@ def _named(
                 f"{address} has no column '{names[ours]}'; it has {', '.join(present[:12])}",
                 remedy=f"Say in source.columns.{ours} what it is called",
             )
-    kept = {ours: (theirs,) for ours, theirs in names.items() if theirs in present}
+    # A line of JSON may have a key that the first ones lack.
+    kept = {ours: (theirs,) for ours, theirs in names.items() if theirs in present or container == "json"}
     return Format(kind="table", container=container, names=kept, lists=lists, **more)
 
 
@@ -171,13 +172,21 @@ def _separated(address: str, role: FileKind, source: FileSource, downloads: str)
     return Format(**{**vars(made), "kind": "recbole"}) if atomic else made
 
 
-def _first_object(address: str, downloads: str) -> tuple[dict[str, Any], bool]:
-    """The first line that is an object, and whether it is one of Python and not of JSON."""
+def _example(address: str, downloads: str) -> tuple[dict[str, Any], bool]:
+    """The keys of the first lines, each with a value where a line has one, and whether a line is Python and not JSON.
+
+    One line would not do: keys may be absent from it, and an empty text may stand where others have a list.
+    """
     _, block = next(files.blocks(address, downloads), (0, b""))
+    example: dict[str, Any] = {}
+    literal = False
     for line in block.split(b"\n", SNIFFED_LINES)[:SNIFFED_LINES]:
         for literals in (False, True):
             try:
-                return loads(line, literals=literals), literals
+                row = loads(line, literals=literals)
             except LineError:
                 continue
-    return {}, False
+            example |= {key: value for key, value in row.items() if not example.get(key)}
+            literal |= literals
+            break
+    return example, literal

@@ -145,7 +145,8 @@ def _coerced(value: object, kind: pa.DataType) -> object:
     if isinstance(value, bool) or value is None:
         return None
     if pa.types.is_string(kind):
-        return _encodable(str(value)) if isinstance(value, str | int) else None
+        text = " ".join(texts(value)) if isinstance(value, list) else value
+        return _encodable(str(text)) if isinstance(text, str | int) else None
     try:
         return float(value) if pa.types.is_floating(kind) else int(value)  # type: ignore[arg-type, call-overload]
     except (TypeError, ValueError, OverflowError):

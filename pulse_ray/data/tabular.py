@@ -47,7 +47,7 @@ def separated(address: str, form: Format, downloads: str) -> Iterator[Parsed]:
     with files.opened(address, downloads) as stream:
         try:
             reader = pc_csv.open_csv(
-                pa.PythonFile(stream),
+                pa.PythonFile(stream, mode="r"),
                 read_options=pc_csv.ReadOptions(use_threads=False, block_size=files.BLOCK_BYTES),
                 parse_options=pc_csv.ParseOptions(
                     delimiter=form.delimiter,

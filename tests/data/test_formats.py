@@ -207,6 +207,19 @@ def test_packed_files_give_the_same_tables(prepared: Prepare, tmp_path: Path, wo
     assert zstd == plain
 
 
+@pytest.mark.parametrize("kind", ["amazon2014", "amazon2018", "amazon2023", "json_table"])
+def test_the_first_lines_need_not_have_all_keys(prepared: Prepare, tmp_path: Path, world: World, kind: str) -> None:
+    """More of them lack what the others have than are looked at to tell the format."""
+    rows, about = world
+    bare = [{**dict.fromkeys(about[0]), "item_id": f"unsold {n}", "title": "", "categories": []} for n in range(150)]
+    early = [{**dict.fromkeys(rows[0]), "user_id": f"once {n}", "item_id": "B000", "timestamp": n} for n in range(150)]
+    contents, more = FORMATS[kind]((early + rows, bare + about))
+    result = run(prepared, tmp_path / "files", "result", (contents, more))
+    expected = run(prepared, tmp_path / "expected", "expected", FORMATS[kind](world))
+    assert tables(result) == tables(expected)
+    assert result.stage.rejected() == {}
+
+
 def test_a_format_that_is_named_is_read_as_it_is_told(prepared: Prepare, tmp_path: Path, world: World) -> None:
     for kind in ("amazon2014", "amazon2018", "amazon2023", "recbole"):
         files, _ = FORMATS[kind](world)
