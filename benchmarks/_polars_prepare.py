@@ -39,7 +39,7 @@ REVIEW = {
     "overall": pl.Float32,
     "reviewText": pl.String,
 }
-ITEM = {
+ITEM: dict[str, pl.DataType | type[pl.DataType]] = {
     "asin": pl.String,
     "title": pl.String,
     "description": pl.List(pl.String),
