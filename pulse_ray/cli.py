@@ -166,6 +166,8 @@ def _add_stage(name: str, summary: str, example: str) -> None:
             _print_plan(settings, [name])
             return
         _execute(settings, [name])
+        if name == "prepare":
+            _print_steps(settings)
         if name == "evaluate":
             _print_results(settings, config)
 
@@ -410,6 +412,13 @@ def _print_plan(config: Config, stages: Sequence[str]) -> None:
     table = plan_table(config, stages)
     typer.echo(config.to_json())
     _show(table, error=True)
+
+
+def _print_steps(config: Config) -> None:
+    from pulse_ray.overview import steps_table
+
+    if table := steps_table(config):
+        _show(table)
 
 
 def _print_results(config: Config, path: Path) -> None:

@@ -60,6 +60,30 @@ def plan_table(config: Config, stages: Sequence[str]) -> Table:
     return table
 
 
+def steps_table(config: Config) -> Table | None:
+    """How many rows, users and items `prepare` kept at each step, and what became of the others."""
+    manifest = plan(config)["prepare"].output("interactions").manifest()
+    if manifest is None:
+        return None
+    table = Table(title="Prepared", title_justify="left")
+    for name in ("domain", "step"):
+        table.add_column(name)
+    for name in ("rows", "users", "items"):
+        table.add_column(name, justify="right")
+    table.add_column("of the rows before")
+    accounts = {account["domain"]: account for account in manifest.metrics["accounting"]}
+    left_by = {"rated": "below_rating", "unique": "duplicates", "filtered": "filtered", "kept": "sampled_out"}
+    for step in manifest.metrics["steps"]:
+        account = accounts[step["domain"]]
+        name = "rejects" if step["step"] == "read" else left_by[step["step"]]
+        gone = f"{account[name]:,} {name.replace('_', ' ')}" if account[name] else ""
+        counts = (f"{step[key]:,}" for key in ("rows", "users", "items"))
+        table.add_row(step["domain"], step["step"], *counts, gone)
+    for entry in manifest.metrics["mended"]:
+        table.add_row(entry["domain"], f"mended: {entry['what']}", f"{entry['rows']:,}")
+    return table
+
+
 def metrics_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     """`evaluation/metrics.json` as a table; HR@1 with its 95 % interval."""
     table = Table(title="Metrics", title_justify="left")

@@ -131,6 +131,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def core_cpus(config: ClusterConfig) -> float:
+    """Logical CPUs that stand for one core: a local Ray may have more of them than the machine has cores."""
+    return 1.0 if _address(config) is not None else max(1.0, ray.cluster_resources().get("CPU", 1.0) / _cores())
+
+
 def _shared_cores(config: ClusterConfig, actors: int) -> dict[str, Any]:
     """Ray's options for actors that work at once: on a local Ray each gets its share of this machine's cores.
 

@@ -25,7 +25,7 @@ from pulse_ray.errors import DataError
 
 Container = Literal["json", "csv", "parquet"]
 SNIFFED_LINES = 100
-"""Lines that tell the format of JSON lines."""
+"""Lines that tell the format."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,8 @@ NAMES: dict[tuple[str, FileKind], dict[str, tuple[str, ...]]] = {
         "categories": ("categories",),
     },
 }
+LISTS = ("items", "category", "categories", "features")
+"""Columns that hold lists where the first lines do not show it."""
 COLUMNS: dict[FileKind, tuple[str, ...]] = {
     "interactions": ("user_id", "item_id", "timestamp", "rating", "review", "title"),
     "items": ("item_id", "title", "description", "brand", "categories"),
@@ -87,7 +89,7 @@ NEEDED: dict[FileKind, tuple[str, ...]] = {"interactions": ("user_id", "item_id"
 
 
 def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Format:
-    """The format of a file, from the configuration or else from its ending and its first usable line.
+    """The format of a file, from the configuration or else from its ending and its first lines.
 
     Raises:
         DataError: it is of no known format, or lacks a column that is needed.
@@ -110,14 +112,15 @@ def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Fo
         )
     if kind == "table":
         lists = [key for key, value in example.items() if isinstance(value, list)]
-        return _named(address, role, source, "json", example, lists)
+        every = [getattr(source.columns, ours) for ours in COLUMNS[role] if ours not in NEEDED[role]]
+        return _named(address, role, source, "json", [*example, *every], lists)
     names = NAMES[kind, role]
     theirs = [name for group in names.values() for name in group]
     return Format(
         kind=kind,
         container="json",
         names=names,
-        lists=[name for name in theirs if isinstance(example.get(name), list) or name in names.get("categories", ())],
+        lists=[name for name in theirs if isinstance(example.get(name, [] if name in LISTS else ""), list)],
         literals=literal or kind == "amazon2014",
         milliseconds=kind == "amazon2023",
     )
@@ -155,7 +158,7 @@ def _named(
                 f"{address} has no column '{names[ours]}'; it has {', '.join(present[:12])}",
                 remedy=f"Say in source.columns.{ours} what it is called",
             )
-    # A line of JSON may have a key that the first ones lack.
+    # Lines of JSON may have a key that the first ones lack.
     kept = {ours: (theirs,) for ours, theirs in names.items() if theirs in present or container == "json"}
     return Format(kind="table", container=container, names=kept, lists=lists, **more)
 
@@ -173,10 +176,7 @@ def _separated(address: str, role: FileKind, source: FileSource, downloads: str)
 
 
 def _example(address: str, downloads: str) -> tuple[dict[str, Any], bool]:
-    """The keys of the first lines, each with a value where a line has one, and whether a line is Python and not JSON.
-
-    One line would not do: keys may be absent from it, and an empty text may stand where others have a list.
-    """
+    """The keys of the first lines, each with its first value that says something; whether lines are Python literals."""
     _, block = next(files.blocks(address, downloads), (0, b""))
     example: dict[str, Any] = {}
     literal = False

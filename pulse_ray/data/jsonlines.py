@@ -144,9 +144,10 @@ def _coerced(value: object, kind: pa.DataType) -> object:
         return [_encodable(text) for text in texts(value)]
     if isinstance(value, bool) or value is None:
         return None
+    if pa.types.is_string(kind) and isinstance(value, list):
+        return _encodable(" ".join(texts(value))) or None
     if pa.types.is_string(kind):
-        text = " ".join(texts(value)) if isinstance(value, list) else value
-        return _encodable(str(text)) if isinstance(text, str | int) else None
+        return _encodable(str(value)) if isinstance(value, str | int) else None
     try:
         return float(value) if pa.types.is_floating(kind) else int(value)  # type: ignore[arg-type, call-overload]
     except (TypeError, ValueError, OverflowError):

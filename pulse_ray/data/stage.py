@@ -14,6 +14,7 @@ from pulse_ray.data.pieces import SCRATCH
 from pulse_ray.data.preparation import Counts
 from pulse_ray.errors import DataError, PulseError
 from pulse_ray.progress import Bar
+from pulse_ray.runtime import core_cpus
 from pulse_ray.schema import SPLITS
 from pulse_ray.workspace import StageRun
 
@@ -27,6 +28,17 @@ Each = Callable[[Step, Sequence[Numbers]], Totals]
 Metrics = dict[str, Any]
 
 
+STEPS = {
+    "read_file": ("reading", "files"),
+    "deduplicate": ("removing duplicates", "partitions"),
+    "choose": ("choosing what stays", "domains"),
+    "split": ("splitting", "partitions"),
+    "tally": ("counting items", "domains"),
+    "describe": ("describing items", "partitions"),
+}
+"""What the progress line says of a step, and what its pieces are."""
+
+
 def run(stage: StageRun) -> dict[str, Metrics]:
     """Makes `interactions`, `items` and `examples`, on Ray.
 
@@ -36,8 +48,8 @@ def run(stage: StageRun) -> dict[str, Metrics]:
     Raises:
         DataError: a file cannot be used, or the filter leaves nothing of a domain.
     """
-    with Bar("prepare", None, "pieces") as bar:
-        return prepare(stage, lambda step, numbers: _on_ray(stage, step, numbers, bar))
+    cpus = core_cpus(stage.config.cluster)
+    return prepare(stage, lambda step, numbers: _on_ray(stage, step, numbers, cpus))
 
 
 def prepare(stage: StageRun, each: Each) -> dict[str, Metrics]:
@@ -151,20 +163,27 @@ def _pairs(stage: StageRun, domains: Iterable[int]) -> list[Numbers]:
     return [(domain, partition) for domain in domains for partition in range(stage.config.prepare.partitions)]
 
 
-def _on_ray(stage: StageRun, step: Step, numbers: Sequence[Numbers], bar: Bar) -> Totals:
+def _on_ray(stage: StageRun, step: Step, numbers: Sequence[Numbers], cpus: float) -> Totals:
     """Runs a step on every tuple of numbers, as a Ray Data map.
+
+    Args:
+        cpus: logical CPUs of a task. A task of a step is busy all the time, and often on several threads.
 
     Raises:
         PulseError: as raised by the step.
     """
     totals: dict[int, Counter[str]] = {domain: Counter() for domain, *_ in numbers}
     rows = [{"numbers": list(entry)} for entry in numbers]
-    data = ray.data.from_items(rows, override_num_blocks=len(rows)).map(_guarded, fn_args=(stage, step))
-    for row in data.iter_rows():
-        if len(row["error"]):
-            raise errors.from_values(row["error"])
-        totals[row["domain"]].update(dict(zip(row["names"], row["values"], strict=True)))
-        bar.advance(1, {"now": step.__name__})
+    if step is preparation.read_file:
+        cpus = max(cpus, stage.config.prepare.read_cpus)
+    data = ray.data.from_items(rows, override_num_blocks=len(rows))
+    title, unit = STEPS[step.__name__]
+    with Bar(f"prepare: {title}", len(rows), unit) as bar:
+        for row in data.map(_guarded, fn_args=(stage, step), num_cpus=cpus).iter_rows():
+            if len(row["error"]):
+                raise errors.from_values(row["error"])
+            totals[row["domain"]].update(dict(zip(row["names"], row["values"], strict=True)))
+            bar.advance(1)
     return {domain: dict(counts) for domain, counts in totals.items()}
 
 

@@ -37,4 +37,5 @@ def tidy_item(title: str | None, description: str | None, brand: str | None, cat
 def _readable(raw: str | None, chars: int) -> str:
     if not raw or _SCRIPT.search(raw):
         return ""
-    return textwrap.shorten(_PLACEHOLDER.sub("", clean(raw)), chars, placeholder=" …")
+    text = _PLACEHOLDER.sub("", clean(raw)).strip()
+    return text if len(text) <= chars else textwrap.shorten(text, chars, placeholder=" …")

@@ -41,6 +41,22 @@ def test_golden_counts_of_real_files(shared_data: Path, prepared: Prepare) -> No
     _check_splits(result, max_sequence=50, positions_per_user=1)
 
 
+@pytest.mark.data
+def test_golden_counts_of_ready_sequences(shared_data: Path, prepared: Prepare) -> None:
+    folder = shared_data / "sequences"
+    names = ("luxury_beauty.sequences.jsonl.gz", "luxury_beauty.items_partial.jsonl.gz")
+    source = dict(zip(("interactions", "items"), (str(folder / name) for name in names), strict=True))
+    result = prepared(domains=[{"name": "lux", "source": source}], partitions=2)
+    assert [result.step(name) for name in ("read", "unique", "filtered")] == [
+        (33841, 3811, 1438),
+        (27735, 3811, 1438),
+        (20050, 2028, 936),
+    ]
+    first = json.loads(gzip.decompress((folder / names[0]).read_bytes()).split(b"\n")[0])
+    whole = prepared("whole", domains=[{"name": "lux", "source": source}], **LOOSE)
+    assert whole.sequences()[first["user_id"]] == list(dict.fromkeys(first["items"]))
+
+
 def _check_texts(result: Prepared) -> None:
     items = result.rows("items")
     for item in items:
