@@ -158,7 +158,8 @@ def _named(
                 f"{address} has no column '{names[ours]}'; it has {', '.join(present[:12])}",
                 remedy=f"Say in source.columns.{ours} what it is called",
             )
-    kept = {ours: (theirs,) for ours, theirs in names.items() if theirs in present}
+    # Lines of JSON may have a key that the first ones lack.
+    kept = {ours: (theirs,) for ours, theirs in names.items() if theirs in present or container == "json"}
     return Format(kind="table", container=container, names=kept, lists=lists, **more)
 
 
