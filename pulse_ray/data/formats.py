@@ -112,8 +112,7 @@ def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Fo
         )
     if kind == "table":
         lists = [key for key, value in example.items() if isinstance(value, list)]
-        every = [getattr(source.columns, ours) for ours in COLUMNS[role] if ours not in NEEDED[role]]
-        return _named(address, role, source, "json", [*example, *every], lists)
+        return _named(address, role, source, "json", example, lists)
     names = NAMES[kind, role]
     theirs = [name for group in names.values() for name in group]
     return Format(
