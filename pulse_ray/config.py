@@ -260,6 +260,10 @@ class CandidatesConfig(Section):
     size: Annotated[int, Field(ge=2)] = Field(10, description="K: the target and K - 1 negatives")
     sampler: Literal["uniform", "popularity", "sasrec"] = "uniform"
     similar_users: Count = 5
+    neighbours_flat_limit: Count = Field(
+        200_000, description="users of a domain up to which similar ones are searched for exactly; beyond, by IVF"
+    )
+    neighbours_nprobe: Count = Field(64, description="inverted lists of about 4 √users that a search looks into")
     max_reject_fraction: Annotated[Fraction, OPERATIONAL] = Field(
         0.05, description="examples for which the catalogue holds too few items that the user never touched"
     )
