@@ -26,6 +26,7 @@ STAGE_PACKAGES = ("data", "candidates", "rationales", "thought_space", "tree", "
 
 SHARED = {
     "data.files": ("pipeline", "submission"),
+    "candidates.check": ("cli",),
     "candidates.retrieval": ("serving.app", "scoring.worker"),
     "thought_space.encoders": ("selection.*", "serving.*"),
     "tree.growing": ("serving.*",),

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pulse_ray.schema import TABLES
 from pulse_ray.seeding import derive
 
 MAX_NEIGHBOUR_ITEMS = 30
@@ -24,7 +25,7 @@ SAMPLE_PER_LIST = 64
 Batches = Callable[[], Iterable[pa.Table]]
 """Goes over the users of a domain, in the same order each time: columns user_id, state [D] and items. None is empty."""
 
-_USERS = pa.schema([("user_id", pa.string()), ("items", pa.list_(pa.string()))])
+_USERS = pa.schema([TABLES["user_states"].field(name) for name in ("user_id", "items")])
 
 
 def write_index(folder: Path, domain: str, batches: Batches, *, flat_limit: int, seed: int) -> int:

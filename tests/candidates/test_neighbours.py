@@ -9,16 +9,15 @@ import numpy as np
 import pyarrow as pa
 
 from pulse_ray.candidates.neighbours import MAX_NEIGHBOUR_ITEMS, UserIndex, write_index
+from pulse_ray.schema import TABLES
+
+SCHEMA = pa.schema([TABLES["user_states"].field(name) for name in ("user_id", "state", "items")])
 
 
 def _batches(user_ids: list[str], states: np.ndarray, items: list[list[str]], size: int) -> Iterator[pa.Table]:
     for start in range(0, len(user_ids), size):
         own = slice(start, start + size)
-        yield pa.table({"user_id": user_ids[own], "state": states[own].tolist(), "items": items[own]}).cast(
-            pa.schema(
-                [("user_id", pa.string()), ("state", pa.list_(pa.float32())), ("items", pa.list_(pa.string()))]
-            )
-        )
+        yield pa.table([user_ids[own], states[own].tolist(), items[own]], schema=SCHEMA)
 
 
 def _index(folder: Path, users: list[str], states: np.ndarray, items: list[list[str]], limit: int) -> UserIndex:
@@ -57,5 +56,5 @@ def test_inverted_lists_find_nearly_what_exact_search_finds(tmp_path: Path) -> N
         assert all(own not in rows and len(rows) == 5 for own, rows in enumerate(found[-1]))
     exact, approximate = found
     recall = np.mean([len(set(one) & set(other)) / 5 for one, other in zip(exact, approximate, strict=True)])
-    assert 0.9 <= recall
+    assert recall >= 0.9
     assert (tmp_path / "19999/shop.faiss").stat().st_size > (tmp_path / "20000/shop.faiss").stat().st_size
