@@ -179,7 +179,8 @@ def test_a_driver_killed_and_interrupted_gives_the_same_rows(job: Job, configure
     killed = configure("killed")
     source, target = Path(_workspace(job.config).path), Path(_workspace(killed).path)
     _workspace(killed).claim()
-    for name in ("interactions", "items", "examples", "sasrec", "neighbours", "candidates", "encoders"):
+    made = [name for stage in ("prepare", "candidates", "thought-space") for name in STAGES[stage][0].outputs]
+    for name in made:
         shutil.copytree(source / name, target / name)
 
     def some_rationales(workspace: Workspace) -> bool:

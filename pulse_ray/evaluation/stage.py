@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -56,6 +56,10 @@ def run(stage: StageRun, make_scorer: MakeScorer | None = None) -> dict[str, dic
     tally = Tally()
     for data in stage.output("scores").tables(columns=["example_id", "split", "variant", "logits", "rank"]):
         tally.add(data)
+    sizes = _sizes(stage.input("items"))
+    for split in stage.config.evaluate.splits:
+        for data in stage.input("candidates").tables(split):
+            tally.add_catalogue(data, split, sizes)
     rows = metric_rows(tally, stage.config)
     figures = [row.to_json() for row in rows]
     evaluation = stage.output("evaluation")
@@ -63,6 +67,14 @@ def run(stage: StageRun, make_scorer: MakeScorer | None = None) -> dict[str, dic
     page = report.render(report.collect(stage, rows, seconds=time.monotonic() - started))
     evaluation.write_bytes("report.html", page.encode())
     return {"evaluation": {"rows": figures}}
+
+
+def _sizes(items: Artefact) -> dict[str, int]:
+    """Items of each domain."""
+    counts: Counter[str] = Counter()
+    for data in items.tables(columns=["domain"]):
+        counts.update(data.column("domain").to_pylist())
+    return dict(counts)
 
 
 def _trained_scorer(folder: Path, config: RankerConfig, items: Catalogue) -> RankScorer:
