@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import fake_stage
 import numpy as np
 import pyarrow as pa
 import pytest
+import yaml
+from typer.testing import CliRunner
 
+from pulse_ray import cli, runtime
+from pulse_ray.candidates import check
 from pulse_ray.candidates.check import CheckWorker, complain, require_complete, summarise
 from pulse_ray.candidates.sets import read_rows
 from pulse_ray.config import Config
@@ -132,6 +137,32 @@ def test_targets_at_one_place_are_seen(stage: StageRun) -> None:
     spread = summarise([{**answers[0], "places": places}], stage.config.candidates)[-1]
     assert spread.violations == 0
     assert 0.001 < float(spread.title.rpartition("= ")[2].rstrip(")")) <= 1
+
+
+def test_the_command_says_what_it_found(
+    stage: StageRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: how actors are called is `map_parts`' business."""
+    monkeypatch.setattr(check, "map_parts", lambda stage, parts, worker, *args, **_: map(worker(*args), parts))
+    monkeypatch.setattr(runtime, "cluster", lambda _: nullcontext())
+    monkeypatch.setattr(runtime, "check_resources", lambda *_: None)
+    copy = _copy(stage, tmp_path)
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(copy.config.model_dump(mode="json")))
+    good = CliRunner().invoke(cli.app, ["candidates", str(path), "--check"])
+    assert good.exit_code == 0, good.output
+    assert "a fresh draw gives the stored row" in good.stdout
+    rows = copy.output("candidates").read(PART).to_pylist()
+    copy.output("candidates").write(PART, table("candidates", rows[1:]))
+    bad = CliRunner().invoke(cli.app, ["candidates", str(path), "--check"])
+    assert bad.exit_code == 2
+    assert rows[0]["example_id"] in bad.stdout
+    [line] = [line for line in bad.stderr.splitlines() if line.startswith("error: ")]
+    assert f"for one, {rows[0]['example_id']}" in line
+    assert "every example has one row, or was set aside (1 of " in line
+    stale = CliRunner().invoke(cli.app, ["candidates", str(path), "--check", "--set", "seed=9"])
+    assert stale.exit_code == 2
+    assert "there is nothing to check" in stale.stderr
 
 
 def _copy(stage: StageRun, folder: Path, **changes: Any) -> StageRun:
