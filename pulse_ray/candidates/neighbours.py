@@ -99,7 +99,8 @@ def _empty(batches: Batches, users: int, flat_limit: int, seed: int) -> faiss.In
     if users <= flat_limit:
         return faiss.IndexFlatIP(next(_vectors(data).shape[1] for data in batches()))
     lists = max(1, min(int(4 * math.sqrt(users)), users // SAMPLE_PER_LIST))
-    rows = np.sort(np.random.default_rng(seed).choice(users, size=lists * SAMPLE_PER_LIST, replace=False))
+    size = min(lists * SAMPLE_PER_LIST, users)
+    rows = np.sort(np.random.default_rng(seed).choice(users, size=size, replace=False))
     sample = np.concatenate(list(_sampled(batches(), rows)))
     index = faiss.IndexIVFFlat(faiss.IndexFlatIP(sample.shape[1]), sample.shape[1], lists, faiss.METRIC_INNER_PRODUCT)
     index.cp.seed = seed % 2**31

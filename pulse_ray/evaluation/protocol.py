@@ -23,6 +23,9 @@ Protocol = Literal["deployable", "oracle"]
 BASELINES = ("popularity", "sasrec")
 """Models that every ranker is compared with; they see no text, and can rank a whole catalogue."""
 
+CATALOGUE_RANKS = {model: f"{model}_catalogue_rank" for model in BASELINES}
+"""Columns of `candidates` that hold a model's rank of the target in the whole catalogue."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricRow:
@@ -81,16 +84,18 @@ class Tally:
             counts[row["rank"] - 1] += 1
 
     def add_catalogue(self, candidates: pa.Table, split: str, sizes: Mapping[str, int]) -> None:
-        """Counts a part of the `candidates` table; example_id and the `…_catalogue_rank` of each baseline are read.
+        """Counts a part of the `candidates` table; example_id and `CATALOGUE_RANKS` are read.
 
         Args:
             sizes: items of each domain.
         """
-        for row in candidates.select(["example_id", *(f"{model}_catalogue_rank" for model in BASELINES)]).to_pylist():
+        for row in candidates.select(["example_id", *CATALOGUE_RANKS.values()]).to_pylist():
             domain = domain_of(row["example_id"])
-            for model in BASELINES:
-                counts = self.catalogue.setdefault((domain, split, model), np.zeros(sizes[domain], dtype=np.int64))
-                counts[row[f"{model}_catalogue_rank"] - 1] += 1
+            for model, column in CATALOGUE_RANKS.items():
+                key = (domain, split, model)
+                if key not in self.catalogue:
+                    self.catalogue[key] = np.zeros(sizes[domain], dtype=np.int64)
+                self.catalogue[key][row[column] - 1] += 1
 
 
 def domain_of(example_id: str) -> str:

@@ -16,7 +16,7 @@ from pulse_ray import catalogue, metrics
 from pulse_ray.catalogue import Catalogue
 from pulse_ray.config import RankerConfig
 from pulse_ray.evaluation import report
-from pulse_ray.evaluation.protocol import Tally, metric_rows, models
+from pulse_ray.evaluation.protocol import CATALOGUE_RANKS, Tally, metric_rows, models
 from pulse_ray.ranker.prompts import RankRow
 from pulse_ray.runtime import ShardOutput, run_shards
 from pulse_ray.schema import Example, Item, Reject, examples, table
@@ -58,7 +58,7 @@ def run(stage: StageRun, make_scorer: MakeScorer | None = None) -> dict[str, dic
         tally.add(data)
     sizes = _sizes(stage.input("items"))
     for split in stage.config.evaluate.splits:
-        for data in stage.input("candidates").tables(split):
+        for data in stage.input("candidates").tables(split, ["example_id", *CATALOGUE_RANKS.values()]):
             tally.add_catalogue(data, split, sizes)
     rows = metric_rows(tally, stage.config)
     figures = [row.to_json() for row in rows]

@@ -31,6 +31,8 @@ def test_neighbours_are_by_cosine_and_never_the_user_itself(tmp_path: Path) -> N
     index = _index(tmp_path, ["a", "b", "c", "d"], states, [["x"], ["x", "y"], ["z"], []], limit=10)
     assert index.nearest(np.array([[2, 0], [0, 1]], dtype=np.float32), ["a", "q"], 2) == [[1, 2], [2, 1]]
     assert index.nearest(np.array([[2, 0]], dtype=np.float32), ["a"], 9) == [[1, 2, 3]]
+    lists = _index(tmp_path, ["a", "b", "c", "d"], states, [["x"], ["x", "y"], ["z"], []], limit=3)
+    assert lists.nearest(np.array([[2, 0]], dtype=np.float32), ["a"], 9) == [[1, 2, 3]]
     assert index.user_id(2) == "c"
     assert index.items_of([1, 2, 0]) == ["x", "y", "z"]
 
