@@ -114,3 +114,16 @@ def test_it_learns_a_cycle(loss: str, positions: str) -> None:
     model.eval()
     best = model.logits(model.states([[3, 4, 5], [11, 12]])).argmax(1)
     assert best.tolist() == [6, 1]
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bf16_weights_give_nearly_the_same_loss(loss: str, positions: str) -> None:
+    model = made(items=40, dim=16, dropout=0.0, loss=loss, positions=positions)
+    rows, negatives = model.pad(random_sequences([2, 7, 3, 5], items=40), extra=1), torch.tensor([3, 8, 21, 40])
+    exact = model(rows, negatives)
+    rounded = model.bfloat16()(rows, negatives)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.03, atol=0.0)
+    rounded.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
