@@ -33,21 +33,21 @@ class Watched(Trainer):  # type: ignore[misc]
     def __init__(self, config: Config, model: SASRec, minutes: float) -> None:
         super().__init__(config, model)
         self.left_s = 60 * minutes
-        self.epochs: list[dict[str, float]] = []
+        self.course: list[dict[str, float]] = []
 
     def _train_epoch(self, *args: Any, **settings: Any) -> Any:
         if self.left_s <= 0:
             raise TimeIsOver
         started = time.monotonic()
         found = super()._train_epoch(*args, **settings)
-        self.epochs.append({"seconds": round(time.monotonic() - started, 2)})
-        self.left_s -= self.epochs[-1]["seconds"]
+        self.course.append({"seconds": round(time.monotonic() - started, 2)})
+        self.left_s -= self.course[-1]["seconds"]
         return found
 
     def _valid_epoch(self, *args: Any, **settings: Any) -> Any:
         score, found = super()._valid_epoch(*args, **settings)
-        self.epochs[-1]["validation_ndcg@10"] = float(score)
-        print(f"RecBole: {self.epochs[-1]}", file=sys.stderr, flush=True)
+        self.course[-1]["validation_ndcg@10"] = float(score)
+        print(f"RecBole: {self.course[-1]}", file=sys.stderr, flush=True)
         return score, found
 
 
@@ -116,7 +116,7 @@ def main(folder: Path, minutes: float, dim: int, max_length: int) -> None:
     saved = torch.load(trainer.saved_model_file, map_location="cpu", weights_only=False)
     model.load_state_dict(saved["state_dict"])
     np.savez(folder / "peer.npz", **states(model, test, dataset))
-    described = {"epochs": trainer.epochs, "examples": len(train.dataset), "stopped_early": stopped_early}
+    described = {"epochs": trainer.course, "examples": len(train.dataset), "stopped_early": stopped_early}
     (folder / "peer.json").write_text(json.dumps(described))
 
 

@@ -53,9 +53,10 @@ CONFIG = SasrecConfig(
     layers=2,
     heads=2,
     dropout=0.3,
-    loss="full_softmax",
+    loss="sampled_softmax",
+    negatives=1024,
     training=TrainingConfig(
-        epochs=24, batch_size=256, lr=2e-3, zero_stage=0, patience=6, warmup_fraction=0.05, validation_examples=10_000
+        epochs=50, batch_size=256, lr=2e-3, zero_stage=0, patience=10, warmup_fraction=0.05, validation_examples=10_000
     ),
 )
 """What configs/video_games.yaml recommends."""
@@ -229,7 +230,7 @@ def peer(folder: Path, users: Sequence[User], index: dict[str, int], cases: Sequ
     started = time.monotonic()
     program = Path(__file__).with_name("_recbole.py")
     arguments = [str(minutes), str(CONFIG.dim), str(MAX_LENGTH)]
-    subprocess.run([python, program, folder, *arguments], cwd=folder, check=True, stdout=sys.stderr)
+    subprocess.run([python, "-W", "ignore", program, folder, *arguments], cwd=folder, check=True, stdout=sys.stderr)
     wall_s = time.monotonic() - started
     found, described = np.load(folder / "peer.npz"), json.loads((folder / "peer.json").read_text())
     items = np.zeros((len(index) + 1, CONFIG.dim), dtype=np.float32)
