@@ -56,7 +56,7 @@ CONFIG = SasrecConfig(
     loss="sampled_softmax",
     negatives=1024,
     training=TrainingConfig(
-        epochs=50, batch_size=256, lr=2e-3, zero_stage=0, patience=10, warmup_fraction=0.05, validation_examples=10_000
+        epochs=40, batch_size=256, lr=2e-3, zero_stage=0, patience=10, warmup_fraction=0.05, validation_examples=5_000
     ),
 )
 """What configs/video_games.yaml recommends."""
