@@ -5,11 +5,11 @@
 
 Sequences are Amazon Video Games' (2018, 5-core) from ../shared/data where that is there, else drawn. Of each user the
 newest item is the test target and the one before it the validation target; the rest trains. Ours goes through
-`training.fit` as in a run, RecBole 1.2.1 runs in a process and a virtual environment of its own (`.bench/recbole`,
-made on the first run) with as many dimensions, layers and heads, and with its own defaults for the rest. RecBole trains
-for the given minutes, validation not counted; ours is a fixed number of epochs. Both keep the epoch that was best on
-validation. The same code ranks for both: items of the history are left out, ties rank against the target, and the nine
-random items beside it, which the user never touched, are the same.
+`training.fit` as in a run. RecBole 1.2.1 runs in a process and a virtual environment of its own (`.bench/recbole`, made
+on the first run) with as many dimensions, layers and heads, and nearly its own defaults for the rest. RecBole trains as
+many epochs as fit into the given minutes, validation not counted; ours a fixed number. Both keep the epoch that was
+best on validation. The same code ranks for both: items of the history are left out, ties rank against the target, and
+the nine random items beside it, which the user never touched, are the same.
 
 Seconds per epoch are medians over the epochs, without validation.
 """
