@@ -42,7 +42,7 @@ LIBRARIES = {
     "ray": ("runtime", "training", "generation.pool", "*.stage", "serving.app", "submission", "cli"),
     "vllm": ("generation.engine",),
     "torch": (
-        *("models", "training", "candidates.sasrec", "thought_space.*", "selection.selectors"),
+        *("models", "training", "candidates.sasrec", "candidates.losses", "thought_space.*", "selection.selectors"),
         *("ranker.packing", "ranker.model", "ranker.loop", "ranker.scorer"),
     ),
     "deepspeed": ("training",),
