@@ -80,6 +80,11 @@ def test_draws_follow_the_law_of_taking_one_item_after_another(
     assert chisquare(seen, expected).pvalue > 0.001
 
 
+def test_a_uniform_draw_makes_nothing_as_long_as_the_catalogue() -> None:
+    drawn = draw_negatives(np.random.default_rng(0), 9, 10**12, set(range(1000)))
+    assert drawn is not None and len(set(drawn.tolist())) == 9
+
+
 @given(st.lists(st.integers(-3, 3), min_size=1, max_size=40), st.data())
 def test_the_hardest_are_the_best_untouched_and_of_equals_the_first(levels: list[int], data: st.DataObject) -> None:
     touched = data.draw(st.sets(st.integers(0, len(levels) - 1)))

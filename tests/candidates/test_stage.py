@@ -12,6 +12,7 @@ import pytest
 from pulse_ray.candidates import sets
 from pulse_ray.candidates.exports import exports, load_model, unindexed
 from pulse_ray.candidates.sets import CandidateSets, Touched, read_rows
+from pulse_ray.errors import DataError
 from pulse_ray.workspace import StageRun
 
 
@@ -134,6 +135,13 @@ def test_an_example_without_enough_untouched_items_is_set_aside(tmp_path: Path) 
         aside = [row["key"] for data in stage.rejects.tables() for row in data.to_pylist()]
         assert kept == near
         assert kept and aside and set(kept) | set(aside) == _examples(stage).keys()
+
+
+def test_a_sasrec_that_diverged_is_an_error(stage: StageRun) -> None:
+    model = load_model(stage)
+    model.items.weight.data[3, 1] = np.nan
+    with pytest.raises(DataError, match="not all finite numbers"):
+        CandidateSets(stage, model)
 
 
 def test_what_is_exported_is_not_exported_again(stage: StageRun) -> None:
