@@ -317,11 +317,10 @@ class SasrecTask:
 
     def losses(self, engine: nn.Module, indices: Sequence[int]) -> torch.Tensor:
         items_BL = self.model.pad([self.train[index][1] for index in indices], extra=1).to(_device(engine))
-        negatives_N = None
-        if self.config.loss != "full_softmax":
-            size = len(self.model.vocabulary)
-            negatives_N = torch.randint(1, size + 1, (self.config.negatives,)).to(items_BL)
-        sums_B: torch.Tensor = engine(items_BL, negatives_N)
+        size, count = len(self.model.vocabulary), self.config.negatives
+        # A small catalogue is taken whole: no item twice, and the sampled softmax is the full one.
+        negatives_N = torch.arange(1, size + 1) if count >= size else torch.randint(1, size + 1, (count,))
+        sums_B: torch.Tensor = engine(items_BL, negatives_N.to(items_BL))
         # A constant scale makes every position count alike, whichever user it belongs to.
         return sums_B / self.mean_length
 
