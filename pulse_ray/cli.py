@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -74,6 +74,12 @@ STAGES: dict[str, tuple[str, str]] = {
     ),
 }
 """Each stage's help and the rest of an example, kept here because importing `pipeline.STAGES` takes time."""
+
+CHECKED = (
+    "With --check, every stored row of the finished stage is compared with examples, interactions and catalogue, and "
+    "drawn again: that no example is lost, its candidates are different items of its domain, the target stands where "
+    "the row says, the user never touched another, and neither workers nor order shape a draw. Exit code 2 if not.\n\n"
+)
 
 
 class _Commands(TyperGroup):
@@ -153,27 +159,40 @@ def run(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False
 
 
 def _add_stage(name: str, summary: str, example: str) -> None:
-    @app.command(
+    @_stage_command(name, summary, "", example)
+    def stage(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
+        _run_stage(name, config, overrides, dry_run)
+
+
+def _add_candidates(name: str, summary: str, example: str) -> None:
+    @_stage_command(name, summary, CHECKED, example, "configs/quickstart.yaml --check")
+    def stage(
+        config: ConfigPath,
+        check: Annotated[bool, typer.Option("--check", help="Make nothing; check what the stage stored.")] = False,
+        overrides: Overrides = None,
+        dry_run: DryRun = False,
+    ) -> None:
+        if check and not dry_run:
+            _check_candidates(_load(config, overrides))
+        else:
+            _run_stage(name, config, overrides, dry_run)
+
+
+def _stage_command(
+    name: str, summary: str, more: str, *examples: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    lines = "".join(f"  pulse-ray {name} {example}\n" for example in examples)
+    return app.command(
         name,
-        help=f"{summary}\n\nIts inputs must be complete; `pulse-ray run` makes them.\n\n"
-        f"\b\nExample:\n  pulse-ray {name} {example}\n",
+        help=f"{summary}\n\nIts inputs must be complete; `pulse-ray run` makes them.\n\n{more}"
+        f"\b\nExample{'s' if len(examples) > 1 else ''}:\n{lines}",
         short_help=summary,
         rich_help_panel="Stages, in order",
     )
-    def stage(config: ConfigPath, overrides: Overrides = None, dry_run: DryRun = False) -> None:
-        settings = _load(config, overrides)
-        if dry_run:
-            _print_plan(settings, [name])
-            return
-        _execute(settings, [name])
-        if name == "prepare":
-            _print_steps(settings)
-        if name == "evaluate":
-            _print_results(settings, config)
 
 
 for _name, (_summary, _example) in STAGES.items():
-    _add_stage(_name, _summary, _example)
+    (_add_candidates if _name == "candidates" else _add_stage)(_name, _summary, _example)
 
 
 @app.command(
@@ -363,6 +382,35 @@ def _load(path: Path, overrides: Sequence[str] | None) -> Config:
     from pulse_ray.config import load
 
     return load(path, overrides or ())
+
+
+def _run_stage(name: str, path: Path, overrides: Sequence[str] | None, dry_run: bool) -> None:
+    settings = _load(path, overrides)
+    if dry_run:
+        _print_plan(settings, [name])
+        return
+    _execute(settings, [name])
+    if name == "prepare":
+        _print_steps(settings)
+    if name == "evaluate":
+        _print_results(settings, path)
+
+
+def _check_candidates(config: Config) -> None:
+    """Prints what was checked, and raises what does not hold."""
+    from pulse_ray import pipeline, runtime
+    from pulse_ray.candidates import check
+
+    stage = pipeline.plan(config)["candidates"]
+    check.require_complete(stage)
+    with runtime.cluster(config.cluster):
+        runtime.check_resources(config, ["candidates"])
+        findings = check.check(stage)
+    table = _table(f"Candidates of {config.name}", "property", "checked", "violations", "first")
+    for finding in findings:
+        table.add_row(finding.title, f"{finding.checked:,}", f"{finding.violations:,}", finding.first or "")
+    _show(table)
+    check.complain(findings, stage)
 
 
 def _execute(config: Config, stages: Sequence[str]) -> None:

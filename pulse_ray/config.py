@@ -227,8 +227,9 @@ class SasrecConfig(Section):
     layers: Count = 2
     heads: Count = 2
     dropout: Fraction = 0.2
-    loss: Literal["sampled_softmax", "gbce"] = "sampled_softmax"
-    negatives: Count = Field(256, description="negatives shared by a batch")
+    positions: Literal["learned", "rotary"] = "learned"
+    loss: Literal["sampled_softmax", "full_softmax", "gbce"] = "sampled_softmax"
+    negatives: Count = Field(256, description="negatives shared by a batch; the full softmax takes all items")
     gbce_calibration: Fraction = Field(0.75, description="t of gBCE (Petrov and Macdonald, 2023)")
     training: TrainingConfig = TrainingConfig(epochs=30, batch_size=64, lr=2e-3, patience=5)
 
@@ -236,6 +237,8 @@ class SasrecConfig(Section):
     def _divisible(self) -> SasrecConfig:
         if self.dim % self.heads:
             raise ValueError(f"dim ({self.dim}) is not a multiple of heads ({self.heads})")
+        if self.positions == "rotary" and self.dim // self.heads % 2:
+            raise ValueError(f"rotary positions need an even dim per head, not {self.dim} / {self.heads}")
         return self
 
 
@@ -260,6 +263,10 @@ class CandidatesConfig(Section):
     size: Annotated[int, Field(ge=2)] = Field(10, description="K: the target and K - 1 negatives")
     sampler: Literal["uniform", "popularity", "sasrec"] = "uniform"
     similar_users: Count = 5
+    neighbours_flat_limit: Count = Field(
+        200_000, description="users of a domain up to which similar ones are searched for exactly; beyond, by IVF"
+    )
+    neighbours_nprobe: Count = Field(64, description="inverted lists of about 4 √users that a search looks into")
     max_reject_fraction: Annotated[Fraction, OPERATIONAL] = Field(
         0.05, description="examples for which the catalogue holds too few items that the user never touched"
     )

@@ -85,11 +85,11 @@ def steps_table(config: Config) -> Table | None:
 
 
 def metrics_table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """`evaluation/metrics.json` as a table; HR@1 with its 95 % interval."""
+    """`evaluation/metrics.json` as a table; HR@1 with its 95 % interval. `among`: how many items were ranked."""
     table = Table(title="Metrics", title_justify="left")
     for name in ("model", "protocol", "domain", "split"):
         table.add_column(name)
-    for name in ("n", "HR@1 [95 %]", "HR@3", "HR@5", "NDCG@10", "MRR"):
+    for name in ("among", "n", "HR@1 [95 %]", "HR@3", "HR@5", "NDCG@10", "MRR"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
@@ -97,6 +97,7 @@ def metrics_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             "oracle (sees the label)" if row["protocol"] == "oracle" else row["protocol"],
             row["domain"],
             row["split"],
+            f"{row['candidates']:,}",
             f"{row['n']:,}",
             rf"{row['hr@1']:.3f} \[{row['hr@1_low']:.3f}, {row['hr@1_high']:.3f}]",
             *(f"{row[name]:.3f}" for name in ("hr@3", "hr@5", "ndcg@10", "mrr")),

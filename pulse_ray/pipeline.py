@@ -36,7 +36,7 @@ STAGES: dict[str, tuple[StageSpec, str]] = {
                 summary="train SASRec, draw candidate sets, find similar users",
                 settings=("seed", "candidates"),
                 inputs=("interactions", "items", "examples"),
-                outputs=("sasrec", "neighbours", "candidates"),
+                outputs=("sasrec", "item_vectors", "user_states", "user_index", "neighbours", "candidates"),
             ),
             "pulse_ray.candidates.stage",
         ),

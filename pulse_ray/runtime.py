@@ -8,6 +8,7 @@ committed is never made again, so a job that was killed loses at most the parts 
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import os
 import time
@@ -182,6 +183,12 @@ class ShardWorker(Protocol):
     def __call__(self, part: Part) -> ShardOutput | Awaitable[ShardOutput]: ...
 
 
+class PartWorker(Protocol):
+    """An actor's work for `map_parts`: built once in each actor, called once a part. Its answer must fit into JSON."""
+
+    def __call__(self, part: Part, /) -> Any: ...
+
+
 def run_shards(
     stage: StageRun,
     parts: Sequence[Part],
@@ -217,8 +224,8 @@ def run_shards(
     with Bar(title, len(parts), "parts") as bar:
         bar.skip(len(parts) - len(todo))
         for start in range(0, len(todo), PARTS_AT_ONCE):
-            committer = (stage, outputs, worker, args)
-            made = _through_pool(todo[start : start + PARTS_AT_ONCE], committer, stage.config.cluster, pool, in_flight)
+            chunk, committer = todo[start : start + PARTS_AT_ONCE], (stage, outputs, worker, args)
+            made = _through_pool(chunk, _Committer, committer, stage.config.cluster, pool, in_flight)
             for row in made.iter_rows():
                 if row["error"] is not None:
                     raise from_values(row["error"])
@@ -228,14 +235,45 @@ def run_shards(
     return dict(totals)
 
 
+def map_parts(
+    stage: StageRun, parts: Sequence[Part], worker: Callable[..., PartWorker], *args: Any, pool: PoolConfig, title: str
+) -> Iterator[Any]:
+    """What a pool's actors say of each part, in the order in which they are done with them.
+
+    For work that commits nothing, or for itself.
+
+    Args:
+        parts: names that the actors are called with.
+        worker: class of the actors' work; called with `*args`.
+        pool: how many actors, and what each takes of the cluster.
+        title: what the progress line says.
+
+    Raises:
+        PulseError: as raised by a worker.
+    """
+    with Bar(title, len(parts), "parts") as bar:
+        for start in range(0, len(parts), PARTS_AT_ONCE):
+            chunk = parts[start : start + PARTS_AT_ONCE]
+            for row in _through_pool(chunk, _Caller, (worker, args), stage.config.cluster, pool, 1).iter_rows():
+                if row["error"] is not None:
+                    raise from_values(row["error"])
+                bar.advance()
+                yield json.loads(row["answer"])
+
+
 def _through_pool(
-    parts: Sequence[Part], committer: tuple[Any, ...], config: ClusterConfig, pool: PoolConfig, in_flight: int
+    parts: Sequence[Part],
+    actor: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    config: ClusterConfig,
+    pool: PoolConfig,
+    in_flight: int,
 ) -> ray.data.Dataset:
-    """The parts through actors that each hold a `_Committer`. They start when the rows are asked for."""
+    """The parts through actors of the class `actor`. They start when the rows are asked for."""
     most = min(pool.max, len(parts))
     return ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map(
-        _Committer,
-        fn_constructor_args=committer,
+        actor,
+        fn_constructor_args=arguments,
         compute=ray.data.ActorPoolStrategy(
             min_size=min(pool.min, most),
             max_size=most,
@@ -246,6 +284,22 @@ def _through_pool(
         num_gpus=pool.gpus or None,
         **_shared_cores(config, most),
     )
+
+
+class _Caller:
+    """Calls a worker inside an actor and sends its answer as JSON."""
+
+    def __init__(self, worker: Callable[..., PartWorker], args: Sequence[Any]) -> None:
+        self.make_worker: Callable[[], PartWorker] = partial(worker, *args)
+        self.worker: PartWorker | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            # Built here, as in `_Committer`.
+            self.worker = self.worker or self.make_worker()
+            return {"answer": json.dumps(self.worker(str(row["part"]))), "error": None}
+        except PulseError as error:
+            return {"answer": None, "error": to_values(error)}
 
 
 class _Committer:

@@ -73,6 +73,32 @@ TABLES: dict[str, pa.Schema] = {
             _column("target_index", pa.int32(), "place of the target among `items`"),
             _column("sampler", pa.string(), "uniform, popularity or sasrec"),
             _column("sasrec_logits", pa.list_(pa.float32()), "SASRec's logit for each of `items`"),
+            _column(
+                "sasrec_catalogue_rank",
+                pa.int32(),
+                "rank of the target by SASRec among all items of the domain that the history lacks, ties against it; "
+                "null for train",
+                nullable=True,
+            ),
+            _column(
+                "popularity_catalogue_rank", pa.int32(), "the same rank by popularity; null for train", nullable=True
+            ),
+        ]
+    ),
+    "item_vectors": pa.schema(
+        [
+            _DOMAIN,
+            _column("item_id", pa.string(), "item, unique within its domain"),
+            _column("vector", pa.list_(pa.float32()), "SASRec's; its inner product with a state is the item's logit"),
+        ]
+    ),
+    "user_states": pa.schema(
+        [
+            _column("example_id", pa.string(), "the user's newest training example"),
+            _DOMAIN,
+            _USER_ID,
+            _column("state", pa.list_(pa.float32()), "SASRec's after that example's history and target"),
+            _column("items", pa.list_(pa.string()), "newest of these items, newest first, without repeats"),
         ]
     ),
     "neighbours": pa.schema(

@@ -343,6 +343,7 @@ def _engine(module: nn.Module, plan: Plan, checkpoint: Path | None) -> tuple[Any
             if params
         ],
         lr=config.lr,
+        fused=True,  # Or each step would go over the weights many times.
     )
     engine, _, _, scheduler = deepspeed.initialize(
         model=module,

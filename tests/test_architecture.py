@@ -26,6 +26,7 @@ STAGE_PACKAGES = ("data", "candidates", "rationales", "thought_space", "tree", "
 
 SHARED = {
     "data.files": ("pipeline", "submission"),
+    "candidates.check": ("cli",),
     "candidates.retrieval": ("serving.app", "scoring.worker"),
     "thought_space.encoders": ("selection.*", "serving.*"),
     "tree.growing": ("serving.*",),
@@ -41,7 +42,7 @@ LIBRARIES = {
     "ray": ("runtime", "training", "generation.pool", "*.stage", "serving.app", "submission", "cli"),
     "vllm": ("generation.engine",),
     "torch": (
-        *("models", "training", "candidates.sasrec", "thought_space.*", "selection.selectors"),
+        *("models", "training", "candidates.sasrec", "candidates.losses", "thought_space.*", "selection.selectors"),
         *("ranker.packing", "ranker.model", "ranker.loop", "ranker.scorer"),
     ),
     "deepspeed": ("training",),

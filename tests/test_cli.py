@@ -222,7 +222,7 @@ def test_a_truncated_file_is_named_with_its_line(config: Path, ray_cluster: None
 
 def test_results_are_printed_with_their_places(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     row = {"model": "thought_space", "protocol": "oracle", "train_domain": "shop", "domain": "shop", "split": "test"}
-    row |= {"candidates": 10, "n": 1234, "hr@1": 0.5, "hr@1_low": 0.4, "hr@1_high": 0.6}
+    row |= {"candidates": 10_501, "n": 1234, "hr@1": 0.5, "hr@1_low": 0.4, "hr@1_high": 0.6}
     row |= {"hr@3": 0.7, "hr@5": 0.8, "ndcg@10": 0.66, "mrr": 0.61}
     settings = load(config)
     run = pipeline.plan(settings)["evaluate"]
@@ -230,6 +230,7 @@ def test_results_are_printed_with_their_places(config: Path, capsys: pytest.Capt
     cli._print_results(settings, config)
     shown = capsys.readouterr().out
     assert "0.500 [0.400, 0.600]" in shown
+    assert "10,501" in shown, "a rank among all items is told apart from one among ten"
     assert "oracle (sees the label)" in shown
     assert f"{config.parent}/runs/small/evaluation/report.html" in shown
     assert f"pulse-ray status {config}" in shown

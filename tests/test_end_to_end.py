@@ -166,7 +166,7 @@ def test_every_example_is_accounted_for_and_a_second_run_does_nothing(job: Job) 
     accounting.check(workspace)
     assert set(conditions(load(job.config)).values()) == {"complete"}
     metrics = json.loads(workspace.artefact("evaluation").read_bytes("metrics.json") or b"")
-    assert {row["model"] for row in metrics} == {"popularity", "sasrec", "none", "thought_space"}
+    assert {row["model"] for row in metrics} == {"popularity", "sasrec", "thought_space"}
     tests = sum(row["split"] == "test" for row in accounting.rows(workspace, "examples"))
     assert {row["n"] for row in metrics} == {tests}
     again = _finish(job.config)
@@ -179,7 +179,8 @@ def test_a_driver_killed_and_interrupted_gives_the_same_rows(job: Job, configure
     killed = configure("killed")
     source, target = Path(_workspace(job.config).path), Path(_workspace(killed).path)
     _workspace(killed).claim()
-    for name in ("interactions", "items", "examples", "sasrec", "neighbours", "candidates", "encoders"):
+    made = [name for stage in ("prepare", "candidates", "thought-space") for name in STAGES[stage][0].outputs]
+    for name in made:
         shutil.copytree(source / name, target / name)
 
     def some_rationales(workspace: Workspace) -> bool:
@@ -189,7 +190,7 @@ def test_a_driver_killed_and_interrupted_gives_the_same_rows(job: Job, configure
         return len(workspace.artefact("thoughts").parts()) > 0 and workspace.artefact("thoughts").manifest() is None
 
     def first_checkpoint(workspace: Workspace) -> bool:
-        return len(list(Path(workspace.path).glob("ranker/none/checkpoints/run/checkpoint_*"))) > 0
+        return len(list(Path(workspace.path).glob("ranker/thought_space/checkpoints/run/checkpoint_*"))) > 0
 
     _stop_when(killed, some_rationales, signal.SIGKILL)
     committed = {

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from pulse_ray import catalogue
+from pulse_ray.candidates.exports import ExportWorker, IndexWorker, exports, unindexed
 from pulse_ray.candidates.sasrec import Sasrec
 from pulse_ray.candidates.stage import CandidateWorker
 from pulse_ray.config import Config, SamplingConfig
@@ -240,6 +241,11 @@ def _candidates(stage: StageRun) -> None:
     keys = [(row["domain"], row["item_id"]) for row in _rows(stage.input("items").tables())]
     folder = Path(stage.output("sasrec").path)
     Sasrec(stage.config.candidates.sasrec, keys, stage.config.prepare.max_sequence).save(folder)
+    exporter, indexer = ExportWorker(stage), IndexWorker(stage)
+    for name in exports(stage):
+        exporter(name)
+    for domain in unindexed(stage):
+        indexer(domain)
     worker = CandidateWorker(stage)
     for part in stage.input("examples").parts():
         output = worker(part)

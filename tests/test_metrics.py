@@ -64,6 +64,16 @@ def test_intervals_are_those_of_resampled_examples() -> None:
         assert found[name] == pytest.approx(expected, abs=0.01)
 
 
+def test_intervals_of_ranks_in_a_large_catalogue_are_those_of_resampled_examples() -> None:
+    rng = np.random.default_rng(5)
+    ranks = np.minimum(1 + rng.pareto(0.3, size=300) * 8, 200_000).astype(np.int64)
+    found = metrics.intervals(metrics.histogram(ranks, 200_000), samples=20_000, seed=0)
+    resampled = ranks[rng.integers(0, len(ranks), size=(20_000, len(ranks)))]
+    for name, gain in metrics.GAINS.items():
+        expected = np.quantile(gain(resampled).mean(axis=1), [0.025, 0.975])
+        assert found[name] == pytest.approx(expected, abs=0.01)
+
+
 def test_intervals_repeat_with_the_seed_and_hold_the_value() -> None:
     counts = [40, 20, 10, 5, 25]
     one, other = (metrics.intervals(counts, samples=300, seed=seed) for seed in (1, 2))

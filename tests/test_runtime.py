@@ -40,6 +40,29 @@ def test_an_error_of_a_workers_constructor_reaches_the_caller(tmp_path: Path) ->
         run_shards(run, ["train-0000-0000"], Unbuildable, pool=PoolConfig(), title="test")
 
 
+class Counting:
+    """A worker that answers with how many parts it has seen, and has no answer to the part `bad`."""
+
+    def __init__(self, first: int) -> None:
+        self.seen = first
+
+    def __call__(self, part: Part) -> dict[str, int]:
+        if part == "bad":
+            raise ArtifactError("the part is gone", remedy="Bring it back")
+        self.seen += 1
+        return {part: self.seen}
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_answers_and_errors_of_actors_reach_the_caller(tmp_path: Path) -> None:
+    run = stage("tree", tmp_path, {}, {})
+    answers = runtime.map_parts(run, ["a", "b", "bad"], Counting, 4, pool=PoolConfig(), title="test")
+    assert [next(answers), next(answers)] == [{"a": 5}, {"b": 6}]
+    with pytest.raises(ArtifactError, match=r"the part is gone\. Bring it back"):
+        next(answers)
+    assert list(runtime.map_parts(run, [], Counting, 4, pool=PoolConfig(), title="test")) == []
+
+
 class Rejecting:
     """A worker that sets aside the one example of each part."""
 

@@ -76,7 +76,7 @@ def experiment(folder: Path) -> dict[str, Any]:
         "tree": {"breadths": [2, 1], "text": text, "sampling": sampling, "max_reject_fraction": 0.5},
         "ranker": {
             "model": model,
-            "variants": ["none", "thought_space"],
+            "variants": ["thought_space"],
             "text": text,
             "max_tokens": 192,
             "training": {"epochs": 3, "batch_size": 8, "lr": 1e-3, "precision": "fp32", "patience": 9},

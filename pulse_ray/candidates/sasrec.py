@@ -1,6 +1,7 @@
 """SASRec (Kang and McAuley, 2018): a causal transformer over item ids, with pre-norm blocks and tied item embeddings.
 
-Shape suffixes: B users, L positions, D model dimension, N negatives, V items (index 0 is padding, items are 1 to V).
+Shape suffixes: B users, L positions of a padded sequence, T real positions of a batch, D model dimension, N negatives,
+V items (index 0 is padding, items are 1 to V).
 """
 
 from __future__ import annotations
@@ -8,14 +9,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
+from pulse_ray.candidates.losses import FullSoftmax, gbce, sampled_softmax
 from pulse_ray.config import SasrecConfig
 from pulse_ray.metrics import ranks
 from pulse_ray.schema import Split, examples
@@ -23,8 +27,54 @@ from pulse_ray.workspace import Artefact
 
 PADDING = 0
 ENCODE_BATCH = 256
+ROTARY_BASE = 10_000.0
+GROUP_RATIO = 2
+"""Sequences attend in groups; the longest of a group is less than so many times as long as its shortest."""
 Key = tuple[str, str]
 """Domain and item id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Sequences of like length, padded to the longest of them when they attend."""
+
+    rows_B: torch.Tensor
+    """Their places in the batch."""
+    length: int
+    slots_t: torch.Tensor
+    """Where each of their t real positions lies among the B × L padded ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the T real positions of a batch are laid out: group after group, sequence after sequence.
+
+    Most sequences are much shorter than the longest, and padding would cost what an item costs: only attention sees
+    any, and little of it.
+    """
+
+    groups: Sequence[Group]
+    rows_T: torch.Tensor
+    """The sequence of each position."""
+    places_T: torch.Tensor
+    """The place of each position in its sequence."""
+
+    @classmethod
+    def of(cls, lengths_B: torch.Tensor) -> Layout:
+        """The layout of sequences of these lengths; those of length 0 have no position."""
+        sorted_B, order_B = lengths_B.sort(descending=True, stable=True)
+        lengths, start, found = sorted_B.tolist(), 0, []
+        while start < len(lengths) and (longest := lengths[start]) > 0:
+            end = start + sum(length * GROUP_RATIO > longest for length in lengths[start:])
+            real_BL = torch.arange(longest, device=lengths_B.device) < sorted_B[start:end, None]
+            slots_t = real_BL.flatten().nonzero()[:, 0]
+            found.append(Group(rows_B=order_B[start:end], length=longest, slots_t=slots_t))
+            start = end
+        return cls(
+            groups=found,
+            rows_T=torch.cat([group.rows_B[group.slots_t // group.length] for group in found]),
+            places_T=torch.cat([group.slots_t % group.length for group in found]),
+        )
 
 
 class Block(nn.Module):
@@ -32,24 +82,42 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.norm_attention, self.norm_feed = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
-        """[B, L, D] → [B, L, D]; a position sees itself and what precedes it."""
-        batch, length, dim = x_BLD.shape
-        qkv = self.qkv(self.norm_attention(x_BLD)).view(batch, length, 3, self.heads, dim // self.heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+    def forward(self, x_TD: torch.Tensor, layout: Layout, rotary: bool) -> torch.Tensor:
+        """[T, D] → [T, D]; a position sees itself and what precedes it in its sequence."""
+        qkv = self.qkv(self.norm_attention(x_TD))
+        parts = qkv.split([len(group.slots_t) for group in layout.groups])
+        mixed = [self._attend(part, group, rotary) for part, group in zip(parts, layout.groups, strict=True)]
+        x_TD = x_TD + self.drop(self.out(torch.cat(mixed)))
+        out_TD: torch.Tensor = x_TD + self.drop(self.feed(self.norm_feed(x_TD)))
+        return out_TD
+
+    def _attend(self, qkv: torch.Tensor, group: Group, rotary: bool) -> torch.Tensor:
+        """Queries, keys and values of a group's real positions [t, 3 D] → what these attend to [t, D]."""
+        batch, length, width = len(group.rows_B), group.length, qkv.shape[1]
+        padded = qkv.new_zeros(batch * length, width).index_copy(0, group.slots_t, qkv)
+        heads = padded.view(batch, length, 3, self.heads, width // 3 // self.heads)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        if rotary:
+            query, key = rotate(query), rotate(key)
         # Sequences are padded on the right, so causality alone keeps padding out of every real position.
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, dropout_p=self.dropout if self.training else 0.0
-        )
-        x_BLD = x_BLD + self.drop(self.out(mixed.transpose(1, 2).reshape(batch, length, dim)))
-        out_BLD: torch.Tensor = x_BLD + self.drop(self.feed(self.norm_feed(x_BLD)))
-        return out_BLD
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        # Rows are taken as an embedding takes them, whose gradient is summed in parallel.
+        return F.embedding(group.slots_t, mixed.transpose(1, 2).reshape(batch * length, width // 3))
+
+
+def rotate(x: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (Su et al., 2021): turns pairs of the last dimension of [..., L, width] by their place in L."""
+    length, width = x.shape[-2:]
+    speeds = ROTARY_BASE ** (-torch.arange(0, width, 2, device=x.device) / width)
+    angles = torch.arange(length, device=x.device)[:, None] * speeds
+    (first, second), cos, sin = x.chunk(2, dim=-1), angles.cos().to(x), angles.sin().to(x)
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
 
 
 class Sasrec(nn.Module):
@@ -66,49 +134,58 @@ class Sasrec(nn.Module):
         self.vocabulary = [tuple(key) for key in vocabulary]
         self.index = {key: place + 1 for place, key in enumerate(self.vocabulary)}
         self.items = nn.Embedding(len(vocabulary) + 1, config.dim, padding_idx=PADDING)
-        self.positions = nn.Embedding(max_length, config.dim)
+        self.positions = nn.Embedding(max_length, config.dim) if config.positions == "learned" else None
         self.drop = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.dropout) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.dim)
         nn.init.normal_(self.items.weight, std=config.dim**-0.5)
-        nn.init.normal_(self.positions.weight, std=config.dim**-0.5)
+        if self.positions is not None:
+            nn.init.normal_(self.positions.weight, std=config.dim**-0.5)
 
-    def encode(self, items_BL: torch.Tensor) -> torch.Tensor:
-        """States after each position: [B, L] item indices, padded on the right → [B, L, D]."""
-        x_BLD = self.items(items_BL) * math.sqrt(self.config.dim)
-        x_BLD = self.drop(x_BLD + self.positions.weight[: items_BL.shape[1]])
+    def encode(self, items_T: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """States after each position: [T] item indices → [T, D]."""
+        x_TD = self.items(items_T) * math.sqrt(self.config.dim)
+        if self.positions is not None:
+            x_TD = x_TD + self.positions(layout.places_T)
+        x_TD = self.drop(x_TD)
         for block in self.blocks:
-            x_BLD = block(x_BLD)
-        states_BLD: torch.Tensor = self.norm(x_BLD)
-        return states_BLD
+            x_TD = block(x_TD, layout, rotary=self.positions is None)
+        states_TD: torch.Tensor = self.norm(x_TD)
+        return states_TD
 
-    def forward(self, items_BL: torch.Tensor, negatives_N: torch.Tensor) -> torch.Tensor:
-        """Sum over each sequence's positions of the loss of its next item: [B].
+    def forward(self, items_BL: torch.Tensor, negatives_N: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum over each sequence's positions of the loss of its next item: [B] fp32.
 
         Args:
             items_BL: sequences, inputs and targets alike, padded on the right.
-            negatives_N: items shared by the batch; all items make the sampled softmax a full one.
+            negatives_N: items shared by the batch; the full softmax takes none.
         """
-        targets_BL = items_BL[:, 1:]
-        real_BL = targets_BL != PADDING
-        states_BLD = self.encode(items_BL[:, :-1])
-        positive_BL = (states_BLD * self.items(targets_BL)).sum(-1)
-        negative_BLN = states_BLD @ self.items(negatives_N).T
-        same_BLN = targets_BL.unsqueeze(-1) == negatives_N
-        if self.config.loss == "gbce":
-            loss_BL = self._gbce(positive_BL, negative_BLN, same_BLN)
-        else:
-            logits = torch.cat([positive_BL.unsqueeze(-1), negative_BLN.masked_fill(same_BLN, -torch.inf)], dim=-1)
-            loss_BL = torch.logsumexp(logits, dim=-1) - positive_BL
-        return (loss_BL * real_BL).sum(-1)
+        layout = Layout.of((items_BL != PADDING).sum(1) - 1)
+        rows_T, places_T = layout.rows_T, layout.places_T
+        states_TD = self.encode(items_BL[rows_T, places_T], layout)
+        losses_T = self._loss(states_TD, items_BL[rows_T, places_T + 1], negatives_N)
+        return losses_T.new_zeros(len(items_BL)).index_add(0, rows_T, losses_T)
 
-    def _gbce(self, positive: torch.Tensor, negative: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-        """Generalised binary cross-entropy (Petrov and Macdonald, 2023, Eq. 16), averaged over 1 + N terms."""
-        sampled = negative.shape[-1] / max(1, len(self.vocabulary) - 1)
-        t = self.config.gbce_calibration
-        beta = sampled * (t * (1 - 1 / sampled) + 1 / sampled)
-        rejected = F.logsigmoid(-negative).masked_fill(same, 0.0).sum(-1)
-        return -(beta * F.logsigmoid(positive) + rejected) / (1 + negative.shape[-1])
+    def _loss(self, states_TD: torch.Tensor, targets_T: torch.Tensor, negatives_N: torch.Tensor | None) -> torch.Tensor:
+        """The loss of each position: [T] fp32."""
+        if self.config.loss == "full_softmax":
+            losses_T: torch.Tensor = FullSoftmax.apply(  # type: ignore[no-untyped-call]
+                states_TD, self.items.weight[1:], targets_T - 1
+            )
+            return losses_T
+        assert negatives_N is not None, f"{self.config.loss} needs negatives"
+        positive_T = (states_TD * self.items(targets_T)).sum(-1).float()
+        negative_TN = (states_TD @ self.items(negatives_N).T).float()
+        same_TN = targets_T[:, None] == negatives_N
+        if self.config.loss == "sampled_softmax":
+            return sampled_softmax(positive_T, negative_TN, same_TN)
+        return gbce(
+            positive_T,
+            negative_TN,
+            same_TN,
+            items=len(self.vocabulary),
+            calibration=self.config.gbce_calibration,
+        )
 
     def pad(self, sequences: Iterable[Sequence[int]], extra: int = 0) -> torch.Tensor:
         """Sequences cut to the newest `max_length + extra` items and padded on the right: [B, L]."""
@@ -116,19 +193,25 @@ class Sasrec(nn.Module):
         return nn.utils.rnn.pad_sequence(cut, batch_first=True, padding_value=PADDING)
 
     def states(self, histories: Sequence[Sequence[int]]) -> np.ndarray:
-        """The state after each history: [n, D] float32, batch by batch."""
-        pieces = [
-            self._states(histories[start : start + ENCODE_BATCH]).float().cpu().numpy()
-            for start in range(0, len(histories), ENCODE_BATCH)
-        ]
-        return np.concatenate(pieces) if pieces else np.zeros((0, self.config.dim), dtype=np.float32)
+        """The state after each history: [n, D] float32, batch by batch; histories of like length share one."""
+        found = np.zeros((len(histories), self.config.dim), dtype=np.float32)
+        order = np.argsort([len(history) for history in histories], kind="stable")
+        for start in range(0, len(order), ENCODE_BATCH):
+            rows = order[start : start + ENCODE_BATCH]
+            found[rows] = self._states([histories[row] for row in rows]).float().cpu().numpy()
+        return found
 
     @torch.inference_mode()
     def _states(self, histories: Sequence[Sequence[int]]) -> torch.Tensor:
         """The state after each history: [B, D]. An empty history is taken as padding alone."""
         items_BL = self.pad([history or [PADDING] for history in histories]).to(_device(self))
-        last = torch.tensor([min(max(len(h), 1), self.max_length) - 1 for h in histories])
-        return self.encode(items_BL)[torch.arange(len(histories)), last]
+        lengths_B = torch.tensor([min(max(len(h), 1), self.max_length) for h in histories], device=items_BL.device)
+        layout = Layout.of(lengths_B)
+        states_TD = self.encode(items_BL[layout.rows_T, layout.places_T], layout)
+        last_T = layout.places_T == lengths_B[layout.rows_T] - 1
+        found_BD = states_TD.new_empty(len(histories), states_TD.shape[1])
+        found_BD[layout.rows_T[last_T]] = states_TD[last_T]
+        return found_BD
 
     @torch.inference_mode()
     def logits(self, states: np.ndarray) -> np.ndarray:
@@ -165,6 +248,22 @@ class Sasrec(nn.Module):
         return model.eval()
 
 
+def catalogue_ranks(
+    logits: np.ndarray, histories: Sequence[Sequence[int]], targets: Sequence[int]
+) -> NDArray[np.int64]:
+    """Ranks of targets among all items that are not in the history; ties rank against them: [n].
+
+    Args:
+        logits: [n, 1 + V]; those of the histories' items are overwritten.
+    """
+    rows = np.arange(len(targets))
+    wanted = logits[rows, targets]
+    seen = np.repeat(rows, [len(history) for history in histories])
+    logits[seen, np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])] = -np.inf
+    logits[rows, targets] = wanted
+    return ranks(logits, targets)
+
+
 def sequences(examples_artefact: Artefact, split: Split, *, with_target: bool) -> dict[Key, list[str]]:
     """For each domain and user the longest sequence of item ids among the examples of a split.
 
@@ -182,7 +281,7 @@ def sequences(examples_artefact: Artefact, split: Split, *, with_target: bool) -
 
 
 class SasrecTask:
-    """Trains SASRec on users' training sequences; validates by the rank of the target in the whole catalogue."""
+    """Trains SASRec on users' training sequences; validates by the rank of the target among all new items."""
 
     monitor = "ndcg@10"
     higher_is_better = True
@@ -217,13 +316,12 @@ class SasrecTask:
         return len(self.train)
 
     def losses(self, engine: nn.Module, indices: Sequence[int]) -> torch.Tensor:
-        items_BL = self.model.pad([self.train[index][1] for index in indices], extra=1)
-        size = len(self.model.vocabulary)
-        if self.config.negatives >= size:
-            negatives_N = torch.arange(1, size + 1)
-        else:
-            negatives_N = torch.randint(1, size + 1, (self.config.negatives,))
-        sums_B: torch.Tensor = engine(items_BL.to(_device(engine)), negatives_N.to(_device(engine)))
+        items_BL = self.model.pad([self.train[index][1] for index in indices], extra=1).to(_device(engine))
+        negatives_N = None
+        if self.config.loss != "full_softmax":
+            size = len(self.model.vocabulary)
+            negatives_N = torch.randint(1, size + 1, (self.config.negatives,)).to(items_BL)
+        sums_B: torch.Tensor = engine(items_BL, negatives_N)
         # A constant scale makes every position count alike, whichever user it belongs to.
         return sums_B / self.mean_length
 
@@ -232,9 +330,9 @@ class SasrecTask:
         model = self.model
         for start in range(0, len(share), ENCODE_BATCH):
             rows = share[start : start + ENCODE_BATCH]
-            logits = model.logits(model.states([history for history, _, _ in rows]))
-            targets = np.array([model.index[(domain, item)] for _, domain, item in rows])
-            found = ranks(logits, targets)
+            histories = [history for history, _, _ in rows]
+            targets = [model.index[(domain, item)] for _, domain, item in rows]
+            found = catalogue_ranks(model.logits(model.states(histories)), histories, targets)
             gain += float((1 / np.log2(1 + found[found <= 10])).sum())
             hits += int((found <= 10).sum())
         return {"ndcg@10": (gain, len(share)), "hr@10": (hits, len(share))}

@@ -65,14 +65,28 @@ def stem(address: str) -> str:
     return address.partition("?")[0].lower().removesuffix(".gz").removesuffix(".zst")
 
 
-def blocks(address: str, downloads: str) -> Iterator[tuple[int, bytes]]:
+class Meter:
+    """How far a file is read: a share from 0 to 1, of its bytes on disk."""
+
+    def __init__(self) -> None:
+        self.share: Callable[[], float] = lambda: 0.0
+
+    def follow(self, stream: io.BufferedReader, size: int) -> None:
+        """Takes the share from a stream's position, until it is closed."""
+        self.share = lambda: 1.0 if stream.closed else stream.tell() / max(1, size)
+
+
+def blocks(address: str, downloads: str, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
     """Blocks of whole lines, each with the number of its first line, counted from 1.
+
+    Args:
+        meter: is told how far the file is read.
 
     Raises:
         DataError: the file is missing, damaged or cut off; the line is named.
     """
     number, rest = 1, b""
-    with told(address, lambda: number), opened(address, downloads) as stream:
+    with told(address, lambda: number), opened(address, downloads, meter) as stream:
         while fresh := stream.read(BLOCK_BYTES):
             whole, newline, tail = fresh.rpartition(b"\n")
             if not newline:  # A line that is longer than a block.
@@ -86,10 +100,12 @@ def blocks(address: str, downloads: str) -> Iterator[tuple[int, bytes]]:
 
 
 @contextmanager
-def opened(address: str, downloads: str) -> Iterator[BinaryIO]:
+def opened(address: str, downloads: str, meter: Meter | None = None) -> Iterator[BinaryIO]:
     """The decompressed bytes of a file."""
     filesystem, path = _located(address, downloads)
     with filesystem.open_input_stream(path, compression=None) as raw, io.BufferedReader(raw, 2**20) as buffered:
+        if meter is not None:
+            meter.follow(buffered, filesystem.get_file_info(path).size)
         name = address.partition("?")[0]
         if name.endswith(".gz"):
             if buffered.peek(2)[:2] not in (b"\x1f\x8b", b""):

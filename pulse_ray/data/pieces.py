@@ -74,6 +74,14 @@ class Pieces:
             writer.write_table(table)
         self._folder.write_bytes(self._file(name, partition), buffer.getvalue())
 
+    def note(self, name: str, value: float) -> None:
+        """Leaves a number for whoever looks."""
+        self._folder.write_bytes(f"{name}-{self.domain}", str(value).encode())
+
+    def noted(self, name: str) -> float:
+        """The number that was left last, 0 where there is none yet."""
+        return float(self._folder.read_bytes(f"{name}-{self.domain}") or 0)
+
     def dealer(self, name: str, schema: pa.Schema, key: str) -> Dealer:
         """Writes the pieces of `name`, all at once; a row goes to the partition of its `key`."""
         self._folder.filesystem.create_dir(self._folder.path, recursive=True)

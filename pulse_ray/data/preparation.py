@@ -15,8 +15,9 @@ are read twice only: when they are dealt out, and, those that stay, when they ar
 from __future__ import annotations
 
 import io
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -48,6 +49,9 @@ ALWAYS = 2**62
 
 Counts = dict[str, int]
 
+NOTED_S = 2.0
+"""How often a task notes how far its file is read."""
+
 _FILE = 2**40
 """More than any file has lines: an order among the lines of several files."""
 
@@ -59,18 +63,28 @@ def read_file(stage: StageRun, domain: int, file: int) -> Counts:
     """Deals the rows of one of the domain's files out to partitions; rows that cannot be used go to the rejects."""
     name, pieces = stage.config.prepare.domains[domain].name, Pieces(stage, domain)
     counts: Counter[str] = Counter()
+    meter, noted = files.Meter(), time.monotonic()
     with (
         pieces.dealer(f"rows-{file:04d}", RAW_INTERACTIONS, key="user_id") as interactions,
         pieces.dealer(f"about-{file:04d}", RAW_ITEMS, key="item_id") as items,
     ):
-        for number, chunk in enumerate(_chunks(stage, domain, file)):
+        for number, chunk in enumerate(_chunks(stage, domain, file, meter)):
             _set_aside(stage, f"{name}-{file:04d}-{number:05d}", chunk.rejects)
             interactions.deal(_ordered(chunk.interactions, file))
             items.deal(_ordered(chunk.items, file))
             counts.update(rows=chunk.interactions.num_rows, **{f"mended {what}": n for what, n in chunk.mended.items()})
             if _roles(stage, domain)[file] == "interactions":
                 counts.update(rejects=len(chunk.rejects))
+            if time.monotonic() - noted > NOTED_S:
+                noted = time.monotonic()
+                pieces.note(f"read-{file:04d}", meter.share())
+    pieces.note(f"read-{file:04d}", 1.0)
     return dict(counts)
+
+
+def shares_read(stage: StageRun, numbers: Iterable[tuple[int, ...]]) -> float:
+    """How many files' worth is read so far, of those with these numbers of domain and file."""
+    return sum(Pieces(stage, domain).noted(f"read-{file:04d}") for domain, file in numbers)
 
 
 def rejects(stage: StageRun) -> Artefact:
@@ -94,11 +108,11 @@ def _set_aside(stage: StageRun, part: Part, found: Sequence[Reject]) -> None:
         rejects(stage).write(part, pa.Table.from_pylist(rows, schema=TABLES["rejects"]))
 
 
-def _chunks(stage: StageRun, domain: int, file: int) -> Iterator[Chunk]:
+def _chunks(stage: StageRun, domain: int, file: int, meter: files.Meter) -> Iterator[Chunk]:
     config = stage.config.prepare.domains[domain]
     if isinstance(config.source, FileSource):
         role, address = files.found(config)[file]
-        yield from read(address, role, config.source, stage.config.prepare)
+        yield from read(address, role, config.source, stage.config.prepare, meter)
         return
     shop = Shop(config.source, derive(stage.config.seed, "synthetic", config.name))
     # For tests alone: what drove each purchase. No stage reads it.

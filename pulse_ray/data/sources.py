@@ -65,8 +65,13 @@ class Chunk:
     mended: Counter[str] = field(default_factory=Counter)
 
 
-def read(address: str, role: FileKind, source: FileSource, config: PrepareConfig) -> Iterator[Chunk]:
+def read(
+    address: str, role: FileKind, source: FileSource, config: PrepareConfig, meter: files.Meter | None = None
+) -> Iterator[Chunk]:
     """The rows of one file, chunk by chunk.
+
+    Args:
+        meter: is told how far the file is read.
 
     Raises:
         DataError: the file is missing, empty, damaged, cut off or of no known format, or more than
@@ -77,7 +82,7 @@ def read(address: str, role: FileKind, source: FileSource, config: PrepareConfig
     first: Reject | None = None
     usable = rejected = 0
     # While arrow parses blocks in threads of its own, the file is decompressed and rows are checked in this one.
-    for parsed in _parsed(address, form, config):
+    for parsed in _parsed(address, form, config, meter or files.Meter()):
         chunk = make(parsed, form, address, config)
         usable += chunk.interactions.num_rows if role == "interactions" else chunk.items.num_rows
         rejected += len(chunk.rejects)
@@ -94,17 +99,17 @@ def read(address: str, role: FileKind, source: FileSource, config: PrepareConfig
         )
 
 
-def _parsed(address: str, form: Format, config: PrepareConfig) -> Iterator[Parsed]:
+def _parsed(address: str, form: Format, config: PrepareConfig, meter: files.Meter) -> Iterator[Parsed]:
     if form.container == "parquet":
-        return tabular.parquet(address, form, config.downloads)
+        return tabular.parquet(address, form, config.downloads, meter)
     if form.container == "csv":
-        return tabular.separated(address, form, config.downloads)
+        return tabular.separated(address, form, config.downloads, meter)
     schema = _json_schema(form)
 
     def work(block: tuple[int, bytes]) -> Parsed:
         return parse(block[1], block[0], schema, literals=form.literals)
 
-    return _ahead(work, files.blocks(address, config.downloads), pa.cpu_count())
+    return _ahead(work, files.blocks(address, config.downloads, meter), pa.cpu_count())
 
 
 def _json_schema(form: Format) -> pa.Schema:

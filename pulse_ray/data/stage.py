@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ray
@@ -178,13 +181,34 @@ def _on_ray(stage: StageRun, step: Step, numbers: Sequence[Numbers], cpus: float
         cpus = max(cpus, stage.config.prepare.read_cpus)
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     title, unit = STEPS[step.__name__]
-    with Bar(f"prepare: {title}", len(rows), unit) as bar:
+    with Bar(f"prepare: {title}", len(rows), unit) as bar, _reading(stage, step, numbers, bar):
         for row in data.map(_guarded, fn_args=(stage, step), num_cpus=cpus).iter_rows():
             if len(row["error"]):
                 raise errors.from_values(row["error"])
             totals[row["domain"]].update(dict(zip(row["names"], row["values"], strict=True)))
             bar.advance(1)
     return {domain: dict(counts) for domain, counts in totals.items()}
+
+
+@contextmanager
+def _reading(stage: StageRun, step: Step, numbers: Sequence[Numbers], bar: Bar) -> Iterator[None]:
+    """Shows how far files are read while they are: a single one may take many minutes."""
+    ended = threading.Event()
+
+    def look() -> None:
+        started = time.monotonic()
+        while not ended.wait(preparation.NOTED_S):
+            if share := preparation.shares_read(stage, [(domain, file) for domain, file in numbers]) / len(numbers):
+                left = (time.monotonic() - started) * (1 - share) / share
+                bar.advance(0, {"read": f"{share:.0%}", "left": f"{left:.0f} s"})
+
+    watcher = threading.Thread(target=look, daemon=True)
+    if step is preparation.read_file:
+        watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def _guarded(row: dict[str, Any], stage: StageRun, step: Step) -> dict[str, Any]:

@@ -19,18 +19,20 @@ from pulse_ray.errors import DataError
 BATCH_ROWS = 50_000
 
 
-def parquet(address: str, form: Format, downloads: str) -> Iterator[Parsed]:
+def parquet(address: str, form: Format, downloads: str, meter: files.Meter) -> Iterator[Parsed]:
     """The wanted columns, batch by batch; rows are numbered from 1."""
     wanted = [name for group in form.names.values() for name in group]
     number = 1
     with files.seekable(address, downloads) as file:
-        for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS, columns=wanted):
+        rows = pq.ParquetFile(file)
+        meter.share = lambda: number / max(1, rows.metadata.num_rows)
+        for batch in rows.iter_batches(BATCH_ROWS, columns=wanted):
             table = pa.Table.from_batches([batch])
             yield Parsed(table=table, numbers=np.arange(number, number + table.num_rows))
             number += table.num_rows
 
 
-def separated(address: str, form: Format, downloads: str) -> Iterator[Parsed]:
+def separated(address: str, form: Format, downloads: str, meter: files.Meter) -> Iterator[Parsed]:
     """The wanted columns as strings, batch by batch; rows are numbered from 2: the header is the first.
 
     Raises:
@@ -47,7 +49,7 @@ def separated(address: str, form: Format, downloads: str) -> Iterator[Parsed]:
         return "skip"
 
     number = 2
-    with files.told(address, lambda: number), files.opened(address, downloads) as stream:
+    with files.told(address, lambda: number), files.opened(address, downloads, meter) as stream:
         try:
             reader = pc_csv.open_csv(
                 pa.PythonFile(stream, mode="r"),

@@ -51,6 +51,8 @@ class Group:
     candidates: int
     n: int
     rows: tuple[MetricRow, ...]
+    catalogue: tuple[MetricRow, ...]
+    """Results of the models that ranked all items of the domain; not to be compared with `rows`."""
     main: MetricRow
     """The row that the report speaks of first."""
     best: Mapping[str, float | None]
@@ -195,18 +197,21 @@ def _groups(rows: Sequence[MetricRow], main: str) -> list[Group]:
     grouped: dict[tuple[str, str], list[MetricRow]] = {}
     for row in rows:
         grouped.setdefault((row.domain, row.split), []).append(row)
-    return [
-        Group(
-            domain=domain,
-            split=split,
-            candidates=found[0].candidates,
-            n=found[0].n,
-            rows=tuple(found),
-            main=next(row for row in found if row.model == main),
-            best={metric: best(found, metric) for metric in metrics.GAINS},
-        )
-        for (domain, split), found in grouped.items()
-    ]
+    return [_group(found, main) for found in grouped.values()]
+
+
+def _group(rows: Sequence[MetricRow], main: str) -> Group:
+    stored = tuple(row for row in rows if not row.catalogue)
+    return Group(
+        domain=stored[0].domain,
+        split=stored[0].split,
+        candidates=stored[0].candidates,
+        n=stored[0].n,
+        rows=stored,
+        catalogue=tuple(row for row in rows if row.catalogue),
+        main=next(row for row in stored if row.model == main),
+        best={metric: best(stored, metric) for metric in metrics.GAINS},
+    )
 
 
 def _curves(stage: StageRun) -> Iterator[Curve]:

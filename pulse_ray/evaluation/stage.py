@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from pulse_ray import catalogue, metrics
 from pulse_ray.catalogue import Catalogue
 from pulse_ray.config import RankerConfig
 from pulse_ray.evaluation import report
-from pulse_ray.evaluation.protocol import Tally, metric_rows, models
+from pulse_ray.evaluation.protocol import CATALOGUE_RANKS, Tally, metric_rows, models
 from pulse_ray.ranker.prompts import RankRow
 from pulse_ray.runtime import ShardOutput, run_shards
 from pulse_ray.schema import Example, Item, Reject, examples, table
@@ -56,6 +56,10 @@ def run(stage: StageRun, make_scorer: MakeScorer | None = None) -> dict[str, dic
     tally = Tally()
     for data in stage.output("scores").tables(columns=["example_id", "split", "variant", "logits", "rank"]):
         tally.add(data)
+    sizes = _sizes(stage.input("items"))
+    for split in stage.config.evaluate.splits:
+        for data in stage.input("candidates").tables(split, ["example_id", *CATALOGUE_RANKS.values()]):
+            tally.add_catalogue(data, split, sizes)
     rows = metric_rows(tally, stage.config)
     figures = [row.to_json() for row in rows]
     evaluation = stage.output("evaluation")
@@ -63,6 +67,14 @@ def run(stage: StageRun, make_scorer: MakeScorer | None = None) -> dict[str, dic
     page = report.render(report.collect(stage, rows, seconds=time.monotonic() - started))
     evaluation.write_bytes("report.html", page.encode())
     return {"evaluation": {"rows": figures}}
+
+
+def _sizes(items: Artefact) -> dict[str, int]:
+    """Items of each domain."""
+    counts: Counter[str] = Counter()
+    for data in items.tables(columns=["domain"]):
+        counts.update(data.column("domain").to_pylist())
+    return dict(counts)
 
 
 def _trained_scorer(folder: Path, config: RankerConfig, items: Catalogue) -> RankScorer:

@@ -242,6 +242,8 @@ def _candidates(items: Sequence[str], rng: np.random.Generator) -> dict[str, lis
                 "target_index": place,
                 "sampler": "uniform",
                 "sasrec_logits": logits.astype(np.float32).tolist(),
+                "sasrec_catalogue_rank": 1 + user % 7,
+                "popularity_catalogue_rank": 2 + user % 20,
             }
         ]
 

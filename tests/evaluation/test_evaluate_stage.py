@@ -28,15 +28,26 @@ def test_every_model_scores_the_same_examples(ray_cluster: None, stage: StageRun
     stage.complete(1.0, measured)
     rows = json.loads(stage.output("evaluation").read_bytes("metrics.json") or b"")
     assert rows == measured["evaluation"]["rows"]
-    assert [row["model"] for row in rows] == list(models(stage.config))
+    measured_models = list(models(stage.config))
+    assert [(row["model"], row["candidates"]) for row in rows] == [
+        *((model, 10) for model in measured_models),
+        *((model, 24) for model in ("popularity", "sasrec")),
+    ]
     assert {row["n"] for row in rows} == {fake_run.USERS - 1}
-    reached = {row["model"]: row["hr@1"] for row in rows}
+    whole = {row["model"]: row for row in rows if row["candidates"] == 24}
+    stored = [row for data in stage.input("candidates").tables("test") for row in data.to_pylist()]
+    for model in ("popularity", "sasrec"):
+        ranks = [row[f"{model}_catalogue_rank"] for row in stored]
+        assert whole[model]["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))
+        assert whole[model]["hr@3"] == pytest.approx(sum(rank <= 3 for rank in ranks) / len(ranks))
+        assert whole[model]["mrr_low"] < whole[model]["mrr"] < whole[model]["mrr_high"]
+    reached = {row["model"]: row["hr@1"] for row in rows if row["candidates"] == 10}
     assert reached["thought_space"] > reached["base"], "the scorer ranks by what its reason names"
     assert stage.rejected() == {"no candidates": 1}
     assert stage.condition() == "complete"
     scores = stage.output("scores").manifest()
     assert scores is not None
-    assert scores.rows == (fake_run.USERS - 1) * len(rows)
+    assert scores.rows == (fake_run.USERS - 1) * len(measured_models)
 
 
 def test_a_part_that_is_scored_is_not_scored_again(ray_cluster: None, stage: StageRun) -> None:

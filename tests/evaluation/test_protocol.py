@@ -77,6 +77,44 @@ def test_domains_and_splits_have_rows_of_their_own(tmp_path: Path) -> None:
     assert {row.train_domain for row in found} == {"shop+games"}
 
 
+def _candidates(ranks: dict[str, list[int]], domain: str = "shop") -> Any:
+    return table(
+        "candidates",
+        [
+            {
+                "example_id": f"{domain}/u{user}/3",
+                "items": ["a", "b"],
+                "target_index": 0,
+                "sampler": "uniform",
+                "sasrec_logits": [0.0, 0.0],
+                **{f"{model}_catalogue_rank": found[user] for model, found in ranks.items()},
+            }
+            for user in range(len(ranks["sasrec"]))
+        ],
+    )
+
+
+def test_ranks_in_the_whole_catalogue_have_rows_of_their_own(tmp_path: Path) -> None:
+    tally, large = _tally(), 1_000_000
+    tally.add_catalogue(_candidates({"popularity": [1, large, 9000], "sasrec": [2, 11, 3]}), "test", {"shop": large})
+    rows = metric_rows(tally, _config(tmp_path))
+    assert [row.model for row in rows] == [*RANKS, "popularity", "sasrec"]
+    assert [row.catalogue for row in rows] == [False] * 4 + [True] * 2
+    popularity, sasrec = (row.to_json() for row in rows[4:])
+    assert (popularity["candidates"], popularity["n"]) == (large, 3)
+    assert popularity["mrr"] == pytest.approx((1 + 1 / large + 1 / 9000) / 3)
+    assert popularity["hr@5"] == pytest.approx(1 / 3)
+    assert sasrec["ndcg@10"] == pytest.approx((0.6309297535714575 + 0.5) / 3)
+    assert (sasrec["hr@3_low"], sasrec["hr@3_high"]) == (0.0, 1.0)
+
+
+def test_a_catalogue_that_lacks_an_example_is_a_defect(tmp_path: Path) -> None:
+    tally = _tally()
+    tally.add_catalogue(_candidates({"popularity": [1, 2], "sasrec": [2, 1]}), "test", {"shop": 9})
+    with pytest.raises(AssertionError, match="different examples"):
+        metric_rows(tally, _config(tmp_path))
+
+
 def test_only_models_that_are_given_reasons_carry_the_label_of_the_selection(tmp_path: Path) -> None:
     oracle = _config(tmp_path, select={"protocol": "oracle"})
     assert {model: protocol_of(model, oracle) for model in RANKS} == {

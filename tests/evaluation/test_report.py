@@ -49,6 +49,7 @@ def _render(folder: Path, protocol: str = "deployable", **sections: object) -> s
         stage.reject(part, made.rejects)
         stage.output("scores").write(part, made.tables["scores"])
         tally.add(made.tables["scores"])
+        tally.add_catalogue(stage.input("candidates").read(part), "test", {"shop": 24})
     return report.render(report.collect(stage, metric_rows(tally, stage.config), seconds=1.0))
 
 
@@ -78,6 +79,8 @@ def test_shows_every_part_of_the_run(page: str, outline: Outline) -> None:
         "degenerate: 1",
         "Examples without candidates, which count for no model: 1.",
         "agreement +0.630",
+        "Ranked among all 24 items of shop",
+        "are not to be compared",
         '"bootstrap_samples": 500',
     ):
         assert said in text
@@ -87,6 +90,8 @@ def test_shows_every_part_of_the_run(page: str, outline: Outline) -> None:
         assert re.search(
             rf'<tr class="deployable" data-model="{model}">\s*<th scope="row">{re.escape(report.LABELS[model])}', page
         )
+    for model in ("popularity", "sasrec"):
+        assert re.search(rf'<tr data-catalogue="{model}">\s*<th scope="row">{re.escape(report.LABELS[model])}', page)
     assert page.count('<details class="case"') == 5
     assert page.count('<tr class="target">') == 5
     assert page.count("None: its thoughts were rejected") == 1
