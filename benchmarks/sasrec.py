@@ -1,6 +1,6 @@
 """SASRec against RecBole's on Video Games: NDCG@10 over the whole catalogue, HR@1 among ten, seconds per epoch.
 
-    python -m benchmarks.sasrec            # twice the minutes: about 45 on two cores
+    python -m benchmarks.sasrec            # ours, then RecBole for 25 minutes (--minutes)
     python -m benchmarks.sasrec --quick    # some users and two epochs: the path, not the figures
 
 Sequences are Amazon Video Games' (2018, 5-core) from ../shared/data where that is there, else drawn. Of each user the
