@@ -1,7 +1,7 @@
 """`pulse-ray prepare` on whole categories: time against size, memory, and a script that has all of it in memory.
 
-    python -m benchmarks.prepare            # 1, 4 and 12 million reviews
-    python -m benchmarks.prepare --quick    # 100,000 and 400,000
+    python -m benchmarks.prepare            # 1, 4 and 12 million reviews: 12 minutes on two cores
+    python -m benchmarks.prepare --quick    # 100,000 and 400,000: two minutes
 
 Makes raw files with the marginals of a real category (`_reviews.py`; 12 million take 3 GB) and runs the real command
 on them in processes of its own, while the memory of all of them, Ray's among them, is sampled. The peer is a polars
