@@ -172,7 +172,9 @@ def _add_candidates(name: str, summary: str, example: str) -> None:
         overrides: Overrides = None,
         dry_run: DryRun = False,
     ) -> None:
-        if check and not dry_run:
+        if check and dry_run:
+            raise typer.BadParameter("--check makes nothing: leave --dry-run out")
+        if check:
             _check_candidates(_load(config, overrides))
         else:
             _run_stage(name, config, overrides, dry_run)
@@ -404,7 +406,7 @@ def _check_candidates(config: Config) -> None:
     stage = pipeline.plan(config)["candidates"]
     check.require_complete(stage)
     with runtime.cluster(config.cluster):
-        runtime.check_resources(config, ["candidates"])
+        runtime.check_resources(config, ["candidates.pool"])
         findings = check.check(stage)
     table = _table(f"Candidates of {config.name}", "property", "checked", "violations", "first")
     for finding in findings:

@@ -108,6 +108,7 @@ class FileSource(Section):
     )
     items: Annotated[Paths, OPERATIONAL] = Field((), description="files of metadata")
     columns: ColumnsConfig = Field(ColumnsConfig(), description="names of a table's columns, where they differ")
+    item_columns: ColumnsConfig | None = Field(None, description="the same for files of items; unset: as `columns`")
 
 
 def _source_tag(given: Any) -> str:
@@ -158,7 +159,7 @@ class PrepareConfig(Section):
     split: Literal["leave_two_out", "temporal"] = Field(
         "leave_two_out", description="`temporal`: held out is what follows two cut times, the same for all users"
     )
-    temporal_shares: tuple[Fraction, Fraction] = Field(
+    temporal_shares: tuple[Annotated[float, Field(gt=0, lt=1)], Annotated[float, Field(gt=0, lt=1)]] = Field(
         (0.1, 0.1), description="shares of a domain's newest interactions for validation and, newer yet, for test"
     )
     positions_per_user: Count = Field(1, description="training examples per user, newest first")
@@ -216,6 +217,9 @@ class TrainingConfig(Section):
     precision: Literal["bf16", "fp32"] = "fp32"
     evaluations_per_epoch: Annotated[float, Field(gt=0)] = Field(1.0, description="0.2 validates every fifth epoch")
     patience: Count = Field(3, description="evaluations without a better score before training stops")
+    async_validation: bool = Field(
+        False, description="validate checkpoints beside training; early stopping then comes one evaluation later"
+    )
     validation_examples: Count | None = Field(None, description="validation examples scored each time; unset: all")
     workers: Annotated[WorkersConfig, OPERATIONAL] = WorkersConfig()
 

@@ -79,6 +79,12 @@ def steps_table(config: Config) -> Table | None:
         gone = f"{account[name]:,} {name.replace('_', ' ')}" if account[name] else ""
         counts = (f"{step[key]:,}" for key in ("rows", "users", "items"))
         table.add_row(step["domain"], step["step"], *counts, gone)
+    items = plan(config)["prepare"].output("items").manifest()
+    if items is not None:
+        what = {"made_titles": "items without a readable title", "without_text": "items that are but an id"}
+        for key, title in what.items():
+            if count := items.metrics[key]:
+                table.add_row("", title, "", "", f"{count:,}")
     for entry in manifest.metrics["mended"]:
         table.add_row(entry["domain"], f"mended: {entry['what']}", f"{entry['rows']:,}")
     return table

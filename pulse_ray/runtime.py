@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,13 +104,16 @@ def check_resources(config: Config, sections: Iterable[str]) -> None:
 
     A cluster at an address is not looked at: it may grow.
 
+    Args:
+        sections: keys of settings, e.g. `tree` or `candidates.pool`.
+
     Raises:
         ConfigError: naming the first setting that asks for more.
     """
     if config.cluster.address is not None:
         return
     total = ray.cluster_resources()
-    for key, setting in (entry for name in sections for entry in _demands(name, getattr(config, name))):
+    for key, setting in (entry for name in sections for entry in _demands(name, attrgetter(name)(config))):
         count = setting.min if isinstance(setting, PoolConfig) else setting.count
         for resource, share in (("CPU", setting.cpus), ("GPU", setting.gpus)):
             if count * share > total.get(resource, 0):

@@ -9,6 +9,10 @@ before each step. So a run that was killed goes on from its last checkpoint exac
 **Weights of examples.** `Task.losses` gives one loss per example; a step's loss is their mean over the whole batch,
 however it is cut among workers and micro-batches.
 
+**Validation.** It takes place in the workers, between two steps, or, where `async_validation` is set, in a task of its
+own on the checkpoint, while training goes on. Each evaluation then waits for the result of the one before, so that
+what comes out does not depend on how long a validation took.
+
 **Resumption.** Ray Train finds the newest checkpoint of a run by its name. On the same number of workers DeepSpeed's
 own state is loaded; on another number (which DeepSpeed refuses) the weights and the step are, and the optimizer's
 moments start anew.
@@ -25,6 +29,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,7 +37,7 @@ import numpy as np
 import ray
 import ray.train
 import torch
-from ray.train import CheckpointUploadMode
+from ray.train import CheckpointUploadMode, ReportedCheckpointStatus, ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from safetensors.torch import load_file, save_file
@@ -43,6 +48,9 @@ from pulse_ray.errors import PulseError, TrainingError
 from pulse_ray.progress import Bar
 from pulse_ray.seeding import derive
 from pulse_ray.workspace import Artefact
+
+UNKNOWN_SCORE = -1e30
+"""Of a checkpoint that is not validated yet, or holds no weights: worse than any."""
 
 LOSS_POINTS = 200
 """Points of the loss curve that are kept, at most."""
@@ -194,6 +202,13 @@ def fit(
             ),
             failure_config=ray.train.FailureConfig(max_failures=config.workers.max_failures),
         ),
+        validation_config=ValidationConfig(
+            partial(_validate_checkpoint, build=build, args=args),
+            # The workers hold their CPUs while they wait for it.
+            ray_remote_kwargs={"num_cpus": 0, "num_gpus": config.workers.gpus},
+        )
+        if config.async_validation
+        else None,
     )
     result = _watch(trainer, title)
     record = _record(result.checkpoint)
@@ -300,8 +315,12 @@ def _work(settings: dict[str, Any]) -> None:
     if plan.examples == 0:
         raise TrainingError("there are no training examples", remedy="Lower prepare.min_user_interactions, or add data")
     with _opened(ray.train.get_checkpoint()) as checkpoint:
+        if checkpoint and json.loads((checkpoint / "state.json").read_text())["done"]:
+            return  # Its driver was killed before it could take the result.
         engine, scheduler = _engine(task.module(), plan, checkpoint)
         state = _resume(engine, scheduler, checkpoint, world)
+    if config.async_validation and state.step:
+        _settle(task, plan, state, rank)
     if task.validate_first and state.step == 0:
         state.evaluations.append({"step": 0, "epoch": 0.0, **_validate(engine, task, plan, rank)})
     while not state.done:
@@ -314,9 +333,12 @@ def _work(settings: dict[str, Any]) -> None:
             settings["board"].put.remote(news)
         last = state.step == plan.total_steps
         if state.step % plan.evaluation_interval == 0 or last:
-            _evaluate(engine, task, plan, state, rank)
+            if config.async_validation:
+                _evaluate_beside(engine, task, plan, state, rank)
+                continue
+            _note(task, plan, state, state.step, _validate(engine, task, plan, rank))
             state.done = last or state.since_best >= config.patience
-            _report(engine, task, state, rank)
+            _report(engine, task, state, rank, {"score": _score(task, state.evaluations[-1]), "step": state.step})
 
 
 def _engine(module: nn.Module, plan: Plan, checkpoint: Path | None) -> tuple[Any, Any]:
@@ -414,20 +436,102 @@ def _validate(engine: Any, task: Task, plan: Plan, rank: int) -> dict[str, float
     return {name: float(total / max(1.0, count)) for name, (total, count) in zip(names, values.tolist(), strict=True)}
 
 
-def _evaluate(engine: Any, task: Task, plan: Plan, state: _State, rank: int) -> None:
-    """Validates, and notes in `state` whether this was the best so far."""
-    metrics = _validate(engine, task, plan, rank)
-    state.evaluations.append({"step": state.step, "epoch": state.step / plan.steps_per_epoch, **metrics})
+def _note(task: Task, plan: Plan, state: _State, step: int, metrics: Mapping[str, float]) -> None:
+    """Notes a validation in `state`, and whether it was the best so far."""
+    state.evaluations.append({"step": step, "epoch": step / plan.steps_per_epoch, **metrics})
     value = metrics[task.monitor]
     if state.best is None or ((value > state.best) == task.higher_is_better and value != state.best):
-        state.best, state.best_step, state.since_best = value, state.step, 0
+        state.best, state.best_step, state.since_best = value, step, 0
     else:
         state.since_best += 1
 
 
-def _report(engine: Any, task: Task, state: _State, rank: int) -> None:
-    """Writes a checkpoint and hands it to Ray Train. A barrier: every worker calls it as often as the others."""
+def _score(task: Task, evaluation: Mapping[str, float]) -> float:
+    """What Ray Train sorts checkpoints by."""
+    value = evaluation[task.monitor]
+    # The newer of two equal scores must not replace the older one, which early stopping counts as the best.
+    return (value if task.higher_is_better else -value) - 1e-9 * evaluation["step"]
+
+
+def _evaluate_beside(engine: Any, task: Task, plan: Plan, state: _State, rank: int) -> None:
+    """Hands the checkpoint over for validation, unless those before say that training should stop."""
+    _collect(task, plan, state)
+    if state.since_best < plan.config.patience:
+        _report(engine, task, state, rank, {"score": UNKNOWN_SCORE, "step": state.step}, validate=True)
+    _settle(task, plan, state, rank, wait=state.step == plan.total_steps)
+
+
+def _settle(task: Task, plan: Plan, state: _State, rank: int, *, wait: bool = True) -> None:
+    """Ends training where validations say so, or it has come to its end: with a last checkpoint of the state alone."""
+    if wait:
+        _collect(task, plan, state)
+    state.done = state.step == plan.total_steps or state.since_best >= plan.config.patience
+    if state.done:
+        _report(None, task, state, rank, {"score": UNKNOWN_SCORE, "step": state.step})
+
+
+def _collect(task: Task, plan: Plan, state: _State) -> None:
+    """Notes the validations that are not noted yet; waits for the one that is under way.
+
+    Raises:
+        TrainingError: one failed.
+    """
+    known = {entry["step"] for entry in state.evaluations if entry["step"]}
+    for reported in ray.train.get_all_reported_checkpoints():
+        if reported.status is ReportedCheckpointStatus.VALIDATION_FAILED:
+            raise TrainingError(
+                f"the validation of step {reported.metrics['step']} failed",
+                remedy="Ray's logs hold its traceback; training.async_validation=false validates in the workers",
+            )
+        if "validation" in reported.metrics and reported.metrics["step"] not in known:
+            _note(task, plan, state, reported.metrics["step"], reported.metrics["validation"])
+
+
+def _validate_checkpoint(
+    checkpoint: ray.train.Checkpoint, *, build: Callable[..., Task], args: Sequence[Any]
+) -> dict[str, Any]:
+    """What Ray Train runs beside training: the metrics of a checkpoint's weights, and what it is sorted by."""
+    task = build(*args)
+    module = task.module()
+    with _opened(checkpoint) as folder:
+        assert folder is not None
+        module.load_state_dict(load_file(folder / "trainable.safetensors"), strict=False)
+        step = json.loads((folder / "state.json").read_text())["step"]
+    module.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    with torch.no_grad():
+        sums = task.validate(module, 0, 1)
+    metrics = {name: float(total / max(1, count)) for name, (total, count) in sorted(sums.items())}
+    return {"validation": metrics, "score": _score(task, {**metrics, "step": step})}
+
+
+def _report(
+    engine: Any | None, task: Task, state: _State, rank: int, metrics: dict[str, float], *, validate: bool = False
+) -> None:
+    """Writes a checkpoint and hands it to Ray Train. A barrier: every worker calls it as often as the others.
+
+    Args:
+        engine: None for a checkpoint of the state alone.
+        metrics: what Ray Train keeps beside it.
+        validate: whether it is to be validated beside training.
+    """
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))  # Ray Train deletes it once it is uploaded.
+    if engine is not None:
+        _save(engine, task, folder, rank)
+    if rank == 0:
+        (folder / "state.json").write_text(json.dumps(asdict(state)))
+        (folder / "monitor.json").write_text(json.dumps(task.monitor))
+    ray.train.report(
+        metrics,
+        checkpoint=ray.train.Checkpoint.from_directory(folder),
+        # Training goes on while a checkpoint is uploaded, but does not end before it is.
+        checkpoint_upload_mode=CheckpointUploadMode.SYNC if state.done else CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+        validation=validate,
+    )
+
+
+def _save(engine: Any, task: Task, folder: Path, rank: int) -> None:
+    """Writes what resuming and inference need."""
     engine.save_checkpoint(str(folder / "deepspeed"), tag="state", exclude_frozen_parameters=True)
     if rank == 0:
         (folder / "weights").mkdir()
@@ -436,18 +540,6 @@ def _report(engine: Any, task: Task, state: _State, rank: int) -> None:
             name: p.detach().contiguous().clone() for name, p in engine.module.named_parameters() if p.requires_grad
         }
         save_file(trainable, folder / "trainable.safetensors")
-        (folder / "state.json").write_text(json.dumps(asdict(state)))
-        (folder / "monitor.json").write_text(json.dumps(task.monitor))
-    # The newer of two equal scores must not replace the older one, which early stopping counts as the best.
-    value = state.evaluations[-1][task.monitor]
-    score = (value if task.higher_is_better else -value) - 1e-9 * state.step
-    ray.train.report(
-        {"score": score, "step": state.step},
-        checkpoint=ray.train.Checkpoint.from_directory(folder),
-        # Training goes on while a checkpoint is uploaded, but does not end before it is.
-        checkpoint_upload_mode=CheckpointUploadMode.SYNC if state.done else CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
 
 
 @contextlib.contextmanager

@@ -87,6 +87,22 @@ def test_a_crash_changes_nothing(ray_cluster: None, tmp_path: Path) -> None:
     assert fit(tmp_path, "undisturbed", poison=0) == undisturbed, "a model that is there was trained again"
 
 
+def test_validation_beside_training_gives_the_same_model(ray_cluster: None, tmp_path: Path) -> None:
+    inside = fit(tmp_path, "inside")
+    beside = fit(
+        tmp_path, "beside", CONFIG.model_copy(update={"async_validation": True}), tripwire=tmp_path / "tripped"
+    )
+    assert (tmp_path / "tripped").exists(), "the workers did not fail in between"
+    for name in ("steps", "best_step"):
+        assert beside[name] == inside[name]
+    for one, other in zip(beside["evaluations"], inside["evaluations"], strict=True):  # type: ignore[call-overload]
+        assert one == pytest.approx(other)
+    weights = [load_file(tmp_path / "run/model" / name / "model.safetensors") for name in ("inside", "beside")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=0)
+    assert not (tmp_path / "run/model/beside/checkpoints").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_examples(ray_cluster: None, tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"workers": WorkersConfig(max_failures=0)})
     with pytest.raises(TrainingError, match=r"loss at step 0 is nan.*row \d+"):

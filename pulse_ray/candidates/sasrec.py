@@ -27,6 +27,8 @@ from pulse_ray.workspace import Artefact
 
 PADDING = 0
 ENCODE_BATCH = 256
+LOGITS_AT_ONCE = 2**25
+"""Logits of all items that exist at once, 128 MiB of them: of a large catalogue only a few examples' are."""
 ROTARY_BASE = 10_000.0
 GROUP_RATIO = 2
 """Sequences attend in groups; the longest of a group is less than so many times as long as its shortest."""
@@ -327,8 +329,9 @@ class SasrecTask:
     def validate(self, engine: nn.Module, rank: int, world: int) -> dict[str, tuple[float, int]]:
         gain, hits, share = 0.0, 0, self.validation[rank::world]
         model = self.model
-        for start in range(0, len(share), ENCODE_BATCH):
-            rows = share[start : start + ENCODE_BATCH]
+        step = max(1, min(ENCODE_BATCH, LOGITS_AT_ONCE // len(model.vocabulary)))
+        for start in range(0, len(share), step):
+            rows = share[start : start + step]
             histories = [history for history, _, _ in rows]
             targets = [model.index[(domain, item)] for _, domain, item in rows]
             found = catalogue_ranks(model.logits(model.states(histories)), histories, targets)

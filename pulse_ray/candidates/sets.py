@@ -16,13 +16,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pulse_ray.candidates.sampling import HARD_POOL, draw_hard, draw_negatives, hardest, place_target
-from pulse_ray.candidates.sasrec import Key, Sasrec
+from pulse_ray.candidates.sasrec import LOGITS_AT_ONCE, Key, Sasrec
 from pulse_ray.errors import DataError
 from pulse_ray.seeding import derive
 from pulse_ray.workspace import Part, StageRun
-
-LOGITS_AT_ONCE = 2**25
-"""Logits that are held at once, 128 MiB of them: examples are taken in chunks where the catalogue is large."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import time
 import urllib.error
 import urllib.parse
@@ -32,6 +33,8 @@ def fetch(address: str, folder: Path, *, pause_s: float = 2.0) -> Path:
     """
     parts = urllib.parse.urlsplit(address)
     names = [urllib.parse.quote(name, safe="") for name in parts.path.split("/") if name not in ("", ".", "..")]
+    if parts.query:  # Another query may be another file.
+        names.insert(0, hashlib.sha256(parts.query.encode()).hexdigest()[:12])
     path = folder.joinpath(parts.netloc.replace(":", "_"), *names)
     if path.exists():
         return path

@@ -6,6 +6,7 @@ downloaded first. Names that end in `.gz` and `.zst` are decompressed on the way
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import zlib
@@ -43,9 +44,24 @@ def found(domain: DomainConfig) -> list[tuple[FileKind, str]]:
     """Every file of a domain, folders and patterns resolved, in an order that depends on names alone.
 
     Raises:
-        DataError: a folder or a pattern holds no file.
+        DataError: a folder or a pattern holds no file, or a file is named twice.
     """
-    return [(kind, one) for kind, names in addresses(domain).items() for name in names for one in _expand(name)]
+    every = [(kind, one) for kind, names in addresses(domain).items() for name in names for one in _expand(name)]
+    if twice := next((one for number, one in enumerate(every) if one in every[:number]), None):
+        raise DataError(f"{shown(twice[1])} is named twice", remedy=f"Name it once in the source of '{domain.name}'")
+    return every
+
+
+def shown(address: str) -> str:
+    """An address as it may be printed and kept: without credentials and without options.
+
+    >>> shown("s3://key:secret@bucket/a.csv?endpoint_override=localhost")
+    's3://bucket/a.csv'
+    """
+    scheme, mark, rest = address.partition("://")
+    if not mark or scheme in ("http", "https"):
+        return address
+    return f"{scheme}://{rest.partition('?')[0].rpartition('@')[2]}"
 
 
 def identity(domain: DomainConfig) -> str:
@@ -88,6 +104,8 @@ def blocks(address: str, downloads: str, meter: Meter | None = None) -> Iterator
     number, rest = 1, b""
     with told(address, lambda: number), opened(address, downloads, meter) as stream:
         while fresh := stream.read(BLOCK_BYTES):
+            if number == 1 and not rest:
+                fresh = fresh.removeprefix(codecs.BOM_UTF8)
             whole, newline, tail = fresh.rpartition(b"\n")
             if not newline:  # A line that is longer than a block.
                 rest += fresh
@@ -106,10 +124,12 @@ def opened(address: str, downloads: str, meter: Meter | None = None) -> Iterator
     with filesystem.open_input_stream(path, compression=None) as raw, io.BufferedReader(raw, 2**20) as buffered:
         if meter is not None:
             meter.follow(buffered, filesystem.get_file_info(path).size)
-        name = address.partition("?")[0]
+        name = address.partition("?")[0].lower()
         if name.endswith(".gz"):
             if buffered.peek(2)[:2] not in (b"\x1f\x8b", b""):
-                raise DataError(f"{address} is not gzip", remedy=f"{_AGAIN}; a plain file's name must not end in .gz")
+                raise DataError(
+                    f"{shown(address)} is not gzip", remedy=f"{_AGAIN}; a plain file's name must not end in .gz"
+                )
             yield cast(BinaryIO, igzip.IGzipFile(fileobj=buffered))  # type: ignore[no-untyped-call]
         elif name.endswith(".zst"):
             yield cast(BinaryIO, pa.CompressedInputStream(buffered, "zstd"))
@@ -144,13 +164,13 @@ def told(address: str, line: Callable[[], int]) -> Iterator[None]:
     """Errors of reading as `DataError`s that name file and line, where `line()` knows it."""
 
     def where() -> str:
-        return f"{address}:{line()}" if line() else address
+        return f"{shown(address)}:{line()}" if line() else shown(address)
 
     try:
         yield
     except FileNotFoundError as error:
         raise DataError(
-            f"no file {address}",
+            f"no file {shown(address)}",
             remedy="Check the paths in prepare.domains; relative ones start where the command runs",
         ) from error
     except EOFError as error:
@@ -168,20 +188,21 @@ def _absolute(address: str) -> str:
 def _expand(address: str) -> list[str]:
     if address.startswith(("http://", "https://")):
         return [address]
-    scheme, path, filesystem = "", address, cast(pafs.FileSystem, pafs.LocalFileSystem())
+    head, mark, options = address.partition("?") if "://" in address else (address, "", "")
+    filesystem, path = cast(pafs.FileSystem, pafs.LocalFileSystem()), address
     if "://" in address:
-        scheme = address.partition("://")[0] + "://"
         filesystem, path = pafs.FileSystem.from_uri(address)
     folder, _, pattern = path.rpartition("/")
+    home = head.rpartition("/")[0]
     if "*" not in pattern:
         if filesystem.get_file_info(path).type != pafs.FileType.Directory:
             return [address]
-        folder, pattern = path, "[!._]*"
+        folder, pattern, home = path, "[!._]*", head.rstrip("/")
     infos = filesystem.get_file_info(pafs.FileSelector(folder, allow_not_found=True))
-    names = sorted(info.path for info in infos if info.is_file and fnmatch(info.base_name, pattern))
+    names = sorted(info.base_name for info in infos if info.is_file and fnmatch(info.base_name, pattern))
     if not names:
-        raise DataError(f"no file in {address}", remedy="Check the paths in prepare.domains")
-    return [f"{scheme}{name}" for name in names]
+        raise DataError(f"no file in {shown(address)}", remedy="Check the paths in prepare.domains")
+    return [f"{home}/{name}{mark}{options}" for name in names]
 
 
 def _file_identity(address: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import pyarrow.parquet as pq
@@ -40,6 +40,8 @@ class Format:
     container: Container
     names: Mapping[str, tuple[str, ...]]
     lists: Collection[str] = ()
+    integers: Collection[str] = ()
+    """Those of a JSON file's columns that hold whole numbers."""
     delimiter: str = ","
     literals: bool = False
     milliseconds: bool = False
@@ -85,7 +87,10 @@ COLUMNS: dict[FileKind, tuple[str, ...]] = {
     "interactions": ("user_id", "item_id", "timestamp", "rating", "review", "title"),
     "items": ("item_id", "title", "description", "brand", "categories"),
 }
-NEEDED: dict[FileKind, tuple[str, ...]] = {"interactions": ("user_id", "item_id"), "items": ("item_id",)}
+IDS = ("user_id", "item_id")
+NEEDED: dict[FileKind, tuple[str, ...]] = {"interactions": (*IDS, "timestamp"), "items": ("item_id",)}
+OTHERS_TITLE = "title"
+"""In interactions it may be the review's own, so it is the item's only where the configuration says so."""
 
 
 def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Format:
@@ -95,24 +100,30 @@ def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Fo
         DataError: it is of no known format, or lacks a column that is needed.
     """
     stem = files.stem(address)
+    tabular = stem.endswith((".parquet", ".inter", ".item", ".csv", ".tsv"))
+    if tabular and source.kind not in ("auto", "table", "recbole"):
+        raise DataError(f"{files.shown(address)} is no file of '{source.kind}'", remedy="Set source.kind=table")
     if stem.endswith(".parquet"):
         with files.seekable(address, downloads) as file:
             schema = pq.read_schema(file)
         lists = [one.name for one in schema if str(one.type).startswith(("list", "large_list"))]
         return _named(address, role, source, "parquet", dict.fromkeys(schema.names), lists)
-    if stem.endswith((".inter", ".item", ".csv", ".tsv")) or source.kind == "recbole":
+    if tabular or source.kind == "recbole":
         return _separated(address, role, source, downloads)
     example, literal = _example(address, downloads)
-    kind = source.kind if source.kind not in ("auto", "sequences") else _kind(example, role)
+    renamed = _renamed(role, source)
+    kind = source.kind if source.kind not in ("auto", "sequences") else "table" if renamed else _kind(example, role)
+    if renamed and kind != "table":
+        raise DataError(f"{files.shown(address)}: '{kind}' has columns of its own", remedy="Remove source.columns")
     if kind == "auto":
         keys = ", ".join(list(example)[:8])
         raise DataError(
-            f"{address}: no format has lines with the keys {keys or '(none: no line is a JSON object)'}",
+            f"{files.shown(address)}: no format has lines with the keys {keys or '(none: no line is a JSON object)'}",
             remedy="Name source.kind, or what its columns are called in source.columns with source.kind=table",
         )
     if kind == "table":
         lists = [key for key, value in example.items() if isinstance(value, list)]
-        return _named(address, role, source, "json", example, lists)
+        return _named(address, role, source, "json", example, lists, integers=_integers(example))
     names = NAMES[kind, role]
     theirs = [name for group in names.values() for name in group]
     return Format(
@@ -120,6 +131,7 @@ def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Fo
         container="json",
         names=names,
         lists=[name for name in theirs if isinstance(example.get(name, [] if name in LISTS else ""), list)],
+        integers=_integers(example) if kind == "sequences" else (),
         literals=literal or kind == "amazon2014",
         milliseconds=kind == "amazon2023",
     )
@@ -149,17 +161,39 @@ def _named(
     **more: Any,
 ) -> Format:
     """A table's format, by the names that the configuration gives to its columns."""
-    present = list(present)
-    names = {ours: getattr(source.columns, ours) for ours in COLUMNS[role]}
-    for ours in NEEDED[role]:
+    present, section = list(present), "item_columns" if role == "items" and source.item_columns else "columns"
+    names = {ours: getattr(getattr(source, section), ours) for ours in COLUMNS[role]}
+    for ours in dict.fromkeys((*NEEDED[role], *_renamed(role, source))):
         if names[ours] not in present:
             raise DataError(
-                f"{address} has no column '{names[ours]}'; it has {', '.join(present[:12])}",
-                remedy=f"Say in source.columns.{ours} what it is called",
+                f"{files.shown(address)} has no column '{names[ours]}'; it has {', '.join(present[:12]) or 'none'}",
+                remedy=f"Say in source.{section}.{ours} what it is called",
             )
+        if ours in IDS and names[ours] in lists:
+            raise DataError(
+                f"{files.shown(address)}: column '{names[ours]}' holds lists, not ids",
+                remedy="Ready sequences are read from JSON lines of user_id and items",
+            )
+    if role == "interactions" and OTHERS_TITLE not in source.columns.model_fields_set:
+        del names[OTHERS_TITLE]
     # Lines of JSON may have a key that the first ones lack.
     kept = {ours: (theirs,) for ours, theirs in names.items() if theirs in present or container == "json"}
     return Format(kind="table", container=container, names=kept, lists=lists, **more)
+
+
+def _renamed(role: FileKind, source: FileSource) -> list[str]:
+    """Columns that the configuration names for files of a role, which then must be there."""
+    if role == "items":
+        named = source.item_columns.model_fields_set if source.item_columns else set()
+        return [ours for ours in COLUMNS[role] if ours in named]
+    return [ours for ours in COLUMNS[role] if ours in source.columns.model_fields_set and ours != OTHERS_TITLE]
+
+
+def _integers(example: Mapping[str, Any]) -> list[str]:
+    def whole(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    return [key for key, value in example.items() if whole(value[0] if isinstance(value, list) and value else value)]
 
 
 def _separated(address: str, role: FileKind, source: FileSource, downloads: str) -> Format:
@@ -169,11 +203,11 @@ def _separated(address: str, role: FileKind, source: FileSource, downloads: str)
     delimiter = "\t" if "\t" in first or files.stem(address).endswith((".inter", ".item", ".tsv")) else ","
     header = next(csv.reader([first], delimiter=delimiter), [])
     if not header:
-        raise DataError(f"{address} is empty", remedy="Give a file with a header and rows")
+        raise DataError(f"{files.shown(address)} is empty", remedy="Give a file with a header and rows")
     atomic = source.kind == "recbole" or files.stem(address).endswith((".inter", ".item"))
     plain = {name.rpartition(":")[0] if atomic and ":" in name else name: name for name in header}
     made = _named(address, role, source, "csv", plain, delimiter=delimiter, header=plain)
-    return Format(**{**vars(made), "kind": "recbole"}) if atomic else made
+    return replace(made, kind="recbole") if atomic else made
 
 
 def _example(address: str, downloads: str) -> tuple[dict[str, Any], bool]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,15 +41,37 @@ class LineError(Exception):
         self.reason, self.detail = reason, str(detail)[:200]
 
 
-def parse(block: bytes, first: int, schema: pa.Schema, *, literals: bool = False) -> Parsed:
-    """The columns of `schema` from a block of whole lines; keys that it lacks are skipped, absent ones are null.
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What to read of each line.
+
+    Args:
+        schema: strings, lists of strings and float64 by key.
+        integers: those of the strings that are numbers in the file: ids, or lists of ids.
+        ids: those of the lists that hold ids, whose places count; others hold texts.
+        literals: whether a line may be a Python literal, as in Amazon's metadata of 2014.
+    """
+
+    schema: pa.Schema
+    integers: Collection[str] = ()
+    ids: Collection[str] = ()
+    literals: bool = False
+
+    @property
+    def expected(self) -> pa.Schema:
+        """The schema as arrow will find it in most lines."""
+        kinds = {True: pa.list_(pa.int64()), False: pa.int64()}
+        fields = [(f.name, kinds[pa.types.is_list(f.type)] if f.name in self.integers else f.type) for f in self.schema]
+        return pa.schema(fields)
+
+
+def parse(block: bytes, first: int, columns: Columns) -> Parsed:
+    """The columns' values from a block of whole lines; other keys are skipped, and those that are absent are null.
 
     Args:
         first: number of the block's first line.
-        schema: strings, lists of strings, int64 and float64.
-        literals: whether a line may be a Python literal, as in Amazon's metadata of 2014.
     """
-    pieces = list(_pieces(block, first, schema, literals))
+    pieces = list(_pieces(block, first, columns))
     return Parsed(
         table=pa.concat_tables([piece.table for piece in pieces]),
         numbers=np.concatenate([piece.numbers for piece in pieces]),
@@ -57,35 +79,36 @@ def parse(block: bytes, first: int, schema: pa.Schema, *, literals: bool = False
     )
 
 
-def _pieces(block: bytes, first: int, schema: pa.Schema, literals: bool) -> Iterator[Parsed]:
+def _pieces(block: bytes, first: int, columns: Columns) -> Iterator[Parsed]:
     lines = block.count(b"\n") + (not block.endswith(b"\n"))
-    table = _at_once(block, schema)
+    table = _at_once(block, columns)
     # Rows and lines differ where lines are blank, or hold more or less than one object.
     if table is not None and table.num_rows == lines:
         yield Parsed(table=table, numbers=np.arange(first, first + lines))
     elif len(block) <= FEW_BYTES or lines == 1:
-        yield _one_by_one(block, first, schema, literals)
+        yield _one_by_one(block, first, columns)
     else:
         half = block.find(b"\n", len(block) // 2) + 1
         if half in (0, len(block)):
             half = block.rfind(b"\n", 0, len(block) // 2) + 1
-        yield from _pieces(block[:half], first, schema, literals)
-        yield from _pieces(block[half:], first + block[:half].count(b"\n"), schema, literals)
+        yield from _pieces(block[:half], first, columns)
+        yield from _pieces(block[half:], first + block[:half].count(b"\n"), columns)
 
 
-def _at_once(block: bytes, schema: pa.Schema) -> pa.Table | None:
+def _at_once(block: bytes, columns: Columns) -> pa.Table | None:
     try:
         str(block, "utf-8")  # Arrow does not look.
-        return pj.read_json(
+        found = pj.read_json(
             pa.BufferReader(block),
             read_options=pj.ReadOptions(use_threads=False, block_size=len(block) + 1),
-            parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+            parse_options=pj.ParseOptions(explicit_schema=columns.expected, unexpected_field_behavior="ignore"),
         )
+        return found.cast(columns.schema) if columns.integers else found
     except (UnicodeDecodeError, pa.ArrowException):
         return None
 
 
-def _one_by_one(block: bytes, first: int, schema: pa.Schema, literals: bool) -> Parsed:
+def _one_by_one(block: bytes, first: int, columns: Columns) -> Parsed:
     rows: list[dict[str, Any]] = []
     numbers: list[int] = []
     faults: list[Fault] = []
@@ -93,12 +116,12 @@ def _one_by_one(block: bytes, first: int, schema: pa.Schema, literals: bool) -> 
         if not line.strip():
             continue
         try:
-            row = loads(line, literals=literals)
-            rows.append({field.name: _coerced(row.get(field.name), field.type) for field in schema})
+            row = loads(line, literals=columns.literals)
+            rows.append({one.name: _coerced(row.get(one.name), one, columns) for one in columns.schema})
             numbers.append(number)
         except LineError as error:
             faults.append((number, error.reason, error.detail))
-    table = pa.Table.from_pylist(rows, schema=schema)
+    table = pa.Table.from_pylist(rows, schema=columns.schema)
     return Parsed(table=table, numbers=np.array(numbers, dtype=np.int64), faults=tuple(faults))
 
 
@@ -138,20 +161,26 @@ def _pairs(pairs: list[tuple[str, Any]]) -> Mapping[str, Any]:
     return row
 
 
-def _coerced(value: object, kind: pa.DataType) -> object:
-    """A value as its column holds it; one of another kind is null, or not a number."""
-    if pa.types.is_list(kind):
+def _coerced(value: object, column: pa.Field, columns: Columns) -> object:
+    """A value as its column holds it; one of another kind is null, or infinite where a number is wanted."""
+    if pa.types.is_list(column.type) and column.name in columns.ids:
+        return [_identifier(entry) for entry in value] if isinstance(value, list) else [_identifier(value)]
+    if pa.types.is_list(column.type):
         return [_encodable(text) for text in texts(value)]
+    if pa.types.is_string(column.type):
+        return _encodable(" ".join(texts(value))) or None if isinstance(value, list) else _identifier(value)
     if isinstance(value, bool) or value is None:
         return None
-    if pa.types.is_string(kind) and isinstance(value, list):
-        return _encodable(" ".join(texts(value))) or None
-    if pa.types.is_string(kind):
-        return _encodable(str(value)) if isinstance(value, str | int) else None
     try:
-        return float(value) if pa.types.is_floating(kind) else int(value)  # type: ignore[arg-type, call-overload]
+        return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        return float("nan") if pa.types.is_floating(kind) else None
+        return float("inf")
+
+
+def _identifier(value: object) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        return None
+    return _encodable(str(value))
 
 
 def texts(value: object) -> list[str]:

@@ -15,6 +15,7 @@ are read twice only: when they are dealt out, and, those that stay, when they ar
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,13 +45,16 @@ from pulse_ray.workspace import Artefact, Part, StageRun
 ITEM_COUNTS = ("items", "made_titles", "without_text")
 """What `describe` counts: items, those whose title had to be made, those of which nothing is known but the id."""
 
-ALWAYS = 2**62
+NEVER = 2**62
 """A cut time that nothing reaches."""
 
 Counts = dict[str, int]
 
 NOTED_S = 2.0
 """How often a task notes how far its file is read."""
+
+IN_ORDER = "in-order"
+"""A note that a domain's rows come in the order of their users' sequences."""
 
 _FILE = 2**40
 """More than any file has lines: an order among the lines of several files."""
@@ -59,22 +63,46 @@ _UNCLEAN = r"[^\x20-\x7E]|[<&]|  |^ | $"
 """What a text holds if `text.clean` can change it."""
 
 
+def list_files(stage: StageRun, domain: int) -> int:
+    """Notes which files the domain has, once for all steps: what lies in a folder may change. Returns how many.
+
+    Raises:
+        DataError: as `files.found`.
+    """
+    config = stage.config.prepare.domains[domain]
+    found = files.found(config) if isinstance(config.source, FileSource) else [("interactions", "")]
+    stage.workspace.artefact(SCRATCH).write_bytes(f"files-{domain}.json", json.dumps(found).encode())
+    return len(found)
+
+
+def _files(stage: StageRun, domain: int) -> list[tuple[FileKind, str]]:
+    """Role and address of each of the domain's files; a synthetic shop is one without an address."""
+    return [
+        (role, one)
+        for role, one in json.loads(stage.workspace.artefact(SCRATCH).read_bytes(f"files-{domain}.json") or b"[]")
+    ]
+
+
 def read_file(stage: StageRun, domain: int, file: int) -> Counts:
     """Deals the rows of one of the domain's files out to partitions; rows that cannot be used go to the rejects."""
     name, pieces = stage.config.prepare.domains[domain].name, Pieces(stage, domain)
+    role, address = _files(stage, domain)[file]
     counts: Counter[str] = Counter()
     meter, noted = files.Meter(), time.monotonic()
     with (
         pieces.dealer(f"rows-{file:04d}", RAW_INTERACTIONS, key="user_id") as interactions,
         pieces.dealer(f"about-{file:04d}", RAW_ITEMS, key="item_id") as items,
     ):
-        for number, chunk in enumerate(_chunks(stage, domain, file, meter)):
+        for number, chunk in enumerate(_chunks(stage, domain, role, address, meter)):
             _set_aside(stage, f"{name}-{file:04d}-{number:05d}", chunk.rejects)
             interactions.deal(_ordered(chunk.interactions, file))
             items.deal(_ordered(chunk.items, file))
             counts.update(rows=chunk.interactions.num_rows, **{f"mended {what}": n for what, n in chunk.mended.items()})
-            if _roles(stage, domain)[file] == "interactions":
+            if role == "interactions":
                 counts.update(rejects=len(chunk.rejects))
+            if chunk.in_order:
+                pieces.note(IN_ORDER, 1)
+                counts["in_order"] = 1
             if time.monotonic() - noted > NOTED_S:
                 noted = time.monotonic()
                 pieces.note(f"read-{file:04d}", meter.share())
@@ -92,26 +120,15 @@ def rejects(stage: StageRun) -> Artefact:
     return Artefact(stage.workspace.filesystem, f"{stage.workspace.artefact(SCRATCH).path}/rejects", "rejects")
 
 
-def file_numbers(stage: StageRun, domain: int) -> range:
-    """Numbers of the domain's files; a synthetic shop counts as one."""
-    return range(len(_roles(stage, domain)))
-
-
-def _roles(stage: StageRun, domain: int) -> list[FileKind]:
-    config = stage.config.prepare.domains[domain]
-    return [role for role, _ in files.found(config)] if isinstance(config.source, FileSource) else ["interactions"]
-
-
 def _set_aside(stage: StageRun, part: Part, found: Sequence[Reject]) -> None:
     if found:
         rows = [{"stage": stage.spec.name, **asdict(one)} for one in found]
         rejects(stage).write(part, pa.Table.from_pylist(rows, schema=TABLES["rejects"]))
 
 
-def _chunks(stage: StageRun, domain: int, file: int, meter: files.Meter) -> Iterator[Chunk]:
+def _chunks(stage: StageRun, domain: int, role: FileKind, address: str, meter: files.Meter) -> Iterator[Chunk]:
     config = stage.config.prepare.domains[domain]
     if isinstance(config.source, FileSource):
-        role, address = files.found(config)[file]
         yield from read(address, role, config.source, stage.config.prepare, meter)
         return
     shop = Shop(config.source, derive(stage.config.seed, "synthetic", config.name))
@@ -147,7 +164,9 @@ def deduplicate(stage: StageRun, domain: int, partition: int) -> Counts:
     if prepare.min_rating is not None:
         low = pc.fill_null(pc.less(rows.column("rating"), pa.scalar(prepare.min_rating, pa.float32())), False)
         frame = frame.filter(~pl.Series(low.to_numpy()))
-    ordered = frame.sort("user", "timestamp", "order")
+    # Ready sequences are in order as they stand, also where a user has several.
+    by = ("order", "timestamp") if pieces.noted(IN_ORDER) else ("timestamp", "order")
+    ordered = frame.sort("user", *by)
     unique = ordered.unique(["user", "item"], keep=prepare.duplicates, maintain_order=True)
     pieces.put("pairs", partition, unique.select("row", "user", "item", "timestamp"))
     for name, coded in (("user", users), ("item", items)):
@@ -165,7 +184,7 @@ def deduplicate(stage: StageRun, domain: int, partition: int) -> Counts:
 def choose(stage: StageRun, domain: int) -> Counts:
     """Says which interactions stay, and gives the items of the domain numbers.
 
-    The only step that holds a whole domain: eight bytes an interaction, and the items' ids.
+    The only step that holds a whole domain: eight bytes an interaction, some 40 while it works, and the items' ids.
     """
     prepare, pieces = stage.config.prepare, Pieces(stage, domain)
     gathered = _Gathered(pieces)
@@ -179,7 +198,7 @@ def choose(stage: StageRun, domain: int) -> Counts:
     if prepare.max_users is not None and counts["filtered_rows"]:
         mask &= gathered.sampled(mask, prepare.max_users)
     counts |= {f"kept_{name}": count for name, count in gathered.sizes(mask).items()}
-    counts |= dict.fromkeys(("validation_from", "test_from"), ALWAYS)
+    counts |= dict.fromkeys(("validation_from", "test_from"), NEVER)
     if prepare.split == "temporal" and counts["kept_rows"]:
         validation, test = prepare.temporal_shares
         times = gathered.times()[mask]
@@ -273,7 +292,7 @@ def split(stage: StageRun, domain: int, partition: int, validation_from: int, te
 
 def _rows(stage: StageRun, pieces: Pieces, partition: int, columns: Sequence[str]) -> pa.Table:
     """A partition's raw rows, of all files; of their columns only some."""
-    found = [pieces.get(f"rows-{file:04d}", partition, columns) for file in file_numbers(stage, pieces.domain)]
+    found = [pieces.get(f"rows-{file:04d}", partition, columns) for file in range(len(_files(stage, pieces.domain)))]
     return pl.concat(found).to_arrow(compat_level=pl.CompatLevel.oldest())
 
 
@@ -281,7 +300,7 @@ def _gather(stage: StageRun, pieces: Pieces, partition: int, wanted: npt.NDArray
     """The raw rows with some numbers, in their order; what is not wanted is dropped batch by batch."""
     ordered = np.sort(wanted)
     kept, start = [RAW_INTERACTIONS.empty_table()], 0
-    for file in file_numbers(stage, pieces.domain):
+    for file in range(len(_files(stage, pieces.domain))):
         for batch in pieces.batches(f"rows-{file:04d}", partition):
             first, last = np.searchsorted(ordered, [start, start + batch.num_rows])
             if last > first:
@@ -371,7 +390,8 @@ def describe(stage: StageRun, domain: int, partition: int) -> Counts:
     fields: dict[str, Row] = {item: {} for item in counts["item_id"]}
     twice = 0
     # Metadata first: it knows more than a review's title.
-    for file, role in sorted(enumerate(_roles(stage, domain)), key=lambda entry: entry[1] != "items"):
+    roles = [role for role, _ in _files(stage, domain)]
+    for file, role in sorted(enumerate(roles), key=lambda one: one[1] != "items"):
         rows = pieces.get(f"about-{file:04d}", partition).join(counts, on="item_id", how="semi").sort("order")
         twice += (rows.height - rows["item_id"].n_unique()) * (role == "items")
         for row in rows.iter_rows(named=True):

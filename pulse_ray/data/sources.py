@@ -19,10 +19,10 @@ import pyarrow as pa
 from pulse_ray.config import FileSource, PrepareConfig
 from pulse_ray.data import files, tabular
 from pulse_ray.data.files import FileKind
-from pulse_ray.data.formats import COLUMNS, Format, tell
-from pulse_ray.data.jsonlines import Parsed, parse
+from pulse_ray.data.formats import COLUMNS, IDS, Format, tell
+from pulse_ray.data.jsonlines import Columns, Parsed, parse
 from pulse_ray.data.tidy import RAW_DESCRIPTION_CHARS
-from pulse_ray.errors import DataError
+from pulse_ray.errors import DataError, first_line
 from pulse_ray.schema import Reject
 
 Row = dict[str, Any]
@@ -51,7 +51,14 @@ RAW_ITEMS = pa.schema(
 MILLISECONDS = 10**11
 """A time from here on is in milliseconds: in seconds it would lie beyond the year 5000."""
 DAY_S = 86_400
-MENDED = ("times in milliseconds", "reviews cut")
+ABOUT = {
+    "interaction without item": "item_id",
+    "interaction without user": "user_id",
+    "rating not from 1 to 5": "rating",
+    "item without id": "item_id",
+}
+"""The column that a reason to set a row aside is about; the others are about the time."""
+TIMES, CUT = "times in milliseconds", "reviews cut"
 """What is put right in a row, and counted."""
 
 
@@ -63,6 +70,8 @@ class Chunk:
     items: pa.Table
     rejects: tuple[Reject, ...] = ()
     mended: Counter[str] = field(default_factory=Counter)
+    in_order: bool = False
+    """Whether the rows are those of ready sequences."""
 
 
 def read(
@@ -80,21 +89,24 @@ def read(
     form = tell(address, role, source, config.downloads)
     make = _interactions if role == "interactions" else _items
     first: Reject | None = None
-    usable = rejected = 0
+    usable = 0
+    reasons: Counter[str] = Counter()
     # While arrow parses blocks in threads of its own, the file is decompressed and rows are checked in this one.
     for parsed in _parsed(address, form, config, meter or files.Meter()):
         chunk = make(parsed, form, address, config)
         usable += chunk.interactions.num_rows if role == "interactions" else chunk.items.num_rows
-        rejected += len(chunk.rejects)
+        reasons.update(reject.reason for reject in chunk.rejects)
         first = first or next(iter(chunk.rejects), None)
         yield chunk
+    rejected = reasons.total()
     if not usable + rejected:
-        raise DataError(f"{address} is empty", remedy="Give a file of JSON lines, parquet or csv with rows in it")
-    if first and rejected > config.max_reject_fraction * (usable + rejected):
-        total = f"{usable + rejected:,} rows)"
-        more = f" (and {rejected - 1:,} more of {total}" if rejected > 1 else f" (1 of {total}"
         raise DataError(
-            f"{first.key}: {first.reason}{more}",
+            f"{files.shown(address)} is empty", remedy="Give a file of JSON lines, parquet or csv with rows in it"
+        )
+    if first and rejected > config.max_reject_fraction * (usable + rejected):
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        raise DataError(
+            f"{first.key}: {first.reason} ({rejected:,} of {usable + rejected:,} rows cannot be used: {counts})",
             remedy="Mend the file, or raise prepare.max_reject_fraction",
         )
 
@@ -104,23 +116,25 @@ def _parsed(address: str, form: Format, config: PrepareConfig, meter: files.Mete
         return tabular.parquet(address, form, config.downloads, meter)
     if form.container == "csv":
         return tabular.separated(address, form, config.downloads, meter)
-    schema = _json_schema(form)
+    columns = _json_columns(form)
 
     def work(block: tuple[int, bytes]) -> Parsed:
-        return parse(block[1], block[0], schema, literals=form.literals)
+        return parse(block[1], block[0], columns)
 
     return _ahead(work, files.blocks(address, config.downloads, meter), pa.cpu_count())
 
 
-def _json_schema(form: Format) -> pa.Schema:
+def _json_columns(form: Format) -> Columns:
     kinds: dict[str, pa.DataType] = {"timestamp": pa.float64(), "rating": pa.float64()}
-    return pa.schema(
+    schema = pa.schema(
         {
             theirs: pa.list_(pa.string()) if theirs in form.lists else kinds.get(ours, pa.string())
             for ours, group in form.names.items()
             for theirs in group
         }
     )
+    ids = {theirs for ours in IDS for theirs in form.names.get(ours, ())}
+    return Columns(schema=schema, integers=ids & set(form.integers), ids=ids & set(form.lists), literals=form.literals)
 
 
 def _ahead(
@@ -158,7 +172,7 @@ def _interactions(parsed: Parsed, form: Format, address: str, config: PrepareCon
         .then(pl.lit("interaction without item"))
         .when(_empty("user_id"))
         .then(pl.lit("interaction without user"))
-        .when(seconds.is_null() | seconds.is_nan())
+        .when(seconds.is_null() | ~seconds.is_finite())
         .then(pl.lit("interaction without time"))
         .when(seconds < 0)
         .then(pl.lit("time before 1970"))
@@ -177,12 +191,13 @@ def _interactions(parsed: Parsed, form: Format, address: str, config: PrepareCon
         order=pl.col("number"),
         review=pl.when(pl.col("review") != "").then(pl.when(pl.col("long")).then(cut).otherwise(pl.col("review"))),
     )
-    found = dict(zip(MENDED, (good["in_ms"].sum() * (not form.milliseconds), good["long"].sum()), strict=True))
+    found = {TIMES: good["in_ms"].sum() * (not form.milliseconds), CUT: good["long"].sum()}
     return Chunk(
         interactions=rows.to_arrow().cast(RAW_INTERACTIONS),
         items=_told_items(good),
         rejects=_rejects(parsed, frame, address),
         mended=Counter({what: int(count) for what, count in found.items() if count}),
+        in_order=form.kind == "sequences",
     )
 
 
@@ -226,19 +241,34 @@ def _column(ours: str, parts: list[pl.Series], height: int, *, keep_lists: bool)
             return one.cast(pl.List(pl.String))
         return one.cast(pl.String).to_frame("x").select(pl.concat_list("x").list.drop_nulls()).to_series()
     if keep_lists and ours == "item_id":
-        return parts[0]
-    flat = [_flat(part) for part in parts]
+        return parts[0].cast(pl.List(pl.String))
+    flat = [_flat(ours, part) for part in parts]
     if len(flat) == 1:
         return flat[0]
     return pl.DataFrame(flat).select(pl.concat_str(pl.all(), separator=" ", ignore_nulls=True)).to_series()
 
 
-def _flat(part: pl.Series) -> pl.Series:
-    if isinstance(part.dtype, pl.List):
-        return part.cast(pl.List(pl.String)).list.join(" ", ignore_nulls=True)
-    if part.dtype.is_temporal():
-        return part.dt.epoch("s")
-    return part if part.dtype.is_numeric() else part.cast(pl.String)
+def _flat(ours: str, part: pl.Series) -> pl.Series:
+    """A column's values as numbers where it holds numbers, else as texts.
+
+    Raises:
+        DataError: they are neither.
+    """
+    try:
+        if isinstance(part.dtype, pl.List):
+            return part.cast(pl.List(pl.String)).list.join(" ", ignore_nulls=True)
+        if isinstance(part.dtype, pl.Datetime | pl.Date):
+            return part.dt.epoch("s")
+        if ours in ("timestamp", "rating") and part.dtype.is_numeric():
+            return part.cast(pl.Float64).fill_nan(None)
+        # Numbers with gaps become fractions on their way through other libraries: 1.0 is the id 1.
+        whole = part.dtype.is_float() and bool((part.drop_nans() == part.drop_nans().floor()).all())
+        return (part.fill_nan(None).cast(pl.Int64) if whole else part).cast(pl.String)
+    except pl.exceptions.PolarsError as error:
+        raise DataError(
+            f"column '{part.name}' holds values of type {part.dtype}: {first_line(error)}",
+            remedy="Store it as text or numbers",
+        ) from error
 
 
 def _unrolled(frame: pl.DataFrame) -> pl.DataFrame:
@@ -266,15 +296,16 @@ def _told_items(good: pl.DataFrame) -> pa.Table:
 
 
 def _rejects(parsed: Parsed, frame: pl.DataFrame, address: str) -> tuple[Reject, ...]:
-    lines = [Reject(key=f"{address}:{number}", reason=why, detail=detail) for number, why, detail in parsed.faults]
+    lines = [
+        Reject(key=f"{files.shown(address)}:{number}", reason=why, detail=detail)
+        for number, why, detail in parsed.faults
+    ]
     for row in frame.filter(pl.col("reason").is_not_null()).iter_rows(named=True):
         detail = _detail(row)
-        lines.append(Reject(key=f"{address}:{row['number']}", reason=row["reason"], detail=detail))
+        lines.append(Reject(key=f"{files.shown(address)}:{row['number']}", reason=row["reason"], detail=detail))
     return tuple(sorted(lines, key=lambda reject: int(reject.key.rpartition(":")[2])))
 
 
 def _detail(row: Row) -> str:
     """The value that a reason is about."""
-    about = {"item": "item_id", "id": "item_id", "user": "user_id", "5": "rating"}
-    value = row[about.get(row["reason"].rpartition(" ")[2], "timestamp" if "timestamp" in row else "item_id")]
-    return repr(value)[:200]
+    return repr(row.get(ABOUT.get(row["reason"], "timestamp")))[:200]

@@ -49,10 +49,18 @@ def run(stage: StageRun) -> dict[str, Metrics]:
         Metrics: each domain's rows, users and items step by step; where items' texts came from; examples per split.
 
     Raises:
-        DataError: a file cannot be used, or the filter leaves nothing of a domain.
+        DataError: a file cannot be used, the filter leaves nothing of a domain, or a split has no example.
     """
     cpus = core_cpus(stage.config.cluster)
-    return prepare(stage, lambda step, numbers: _on_ray(stage, step, numbers, cpus))
+    made = prepare(stage, lambda step, numbers: _on_ray(stage, step, numbers, cpus))
+    for split, count in made["examples"].items():
+        if not count:
+            raise DataError(
+                f"there are no examples for {split}",
+                remedy="Leave-two-out needs users with four interactions, temporal ones before and after its cuts: "
+                "lower the minima, or change prepare.temporal_shares",
+            )
+    return made
 
 
 def prepare(stage: StageRun, each: Each) -> dict[str, Metrics]:
@@ -61,7 +69,8 @@ def prepare(stage: StageRun, each: Each) -> dict[str, Metrics]:
     scratch.delete()
     domains = range(len(stage.config.prepare.domains))
     try:
-        read = each(preparation.read_file, [(d, file) for d in domains for file in preparation.file_numbers(stage, d)])
+        numbers = {domain: preparation.list_files(stage, domain) for domain in domains}
+        read = each(preparation.read_file, [(d, file) for d in domains for file in range(numbers[d])])
         _check_read(stage, read)
         unique = each(preparation.deduplicate, _pairs(stage, domains))
         chosen = each(preparation.choose, [(d,) for d in domains])
@@ -102,6 +111,11 @@ def _check_read(stage: StageRun, read: Totals) -> None:
         if not counts["rows"]:
             name = stage.config.prepare.domains[domain].name
             raise DataError(f"domain '{name}' has no interactions", remedy="Check the files in prepare.domains")
+        if stage.config.prepare.split == "temporal" and counts.get("in_order"):
+            raise DataError(
+                f"domain '{_name(stage, domain)}' has ready sequences, which tell no times to cut at",
+                remedy="Set prepare.split=leave_two_out",
+            )
 
 
 def _check_chosen(stage: StageRun, chosen: Totals) -> None:

@@ -72,9 +72,11 @@ def separated(address: str, form: Format, downloads: str, meter: files.Meter) ->
                 yield _decoded(pa.Table.from_batches([batch]), rows, faults, form)
                 number = int(rows[-1]) + 1 if len(rows) else number
                 faults.clear()
+            if faults:
+                yield _decoded(reader.schema.empty_table(), np.zeros(0, dtype=np.int64), faults, form)
         except pa.ArrowInvalid as error:
             raise DataError(
-                f"{address}: from row {number} on it cannot be read: {error}",
+                f"{files.shown(address)}: from row {number} on it cannot be read: {error}",
                 remedy="Mend the file: a quoted value that does not end, or a row larger than 8 MiB",
             ) from error
 
@@ -98,6 +100,7 @@ def _decoded(table: pa.Table, numbers: npt.NDArray[np.int64], faults: list[Fault
 
 def _is_text(value: bytes | None) -> bool:
     try:
-        return value is None or bool(str(value, "utf-8") or True)
+        (value or b"").decode()
     except UnicodeDecodeError:
         return False
+    return True

@@ -42,7 +42,7 @@ SETTINGS = st.fixed_dictionaries(
         "min_item_interactions": st.integers(1, 4),
         "min_rating": st.sampled_from([None, 1.5, 2.0]),
         "split": st.sampled_from(["leave_two_out", "temporal"]),
-        "temporal_shares": st.sampled_from([(0.1, 0.1), (0.2, 0.3), (0.0, 0.4), (0.3, 0.0)]),
+        "temporal_shares": st.sampled_from([(0.1, 0.1), (0.2, 0.3), (0.05, 0.4), (0.3, 0.05)]),
         "positions_per_user": st.integers(1, 3),
         "max_sequence": st.sampled_from([2, 50]),
         "partitions": st.integers(1, 2),
