@@ -16,7 +16,8 @@ import pyarrow as pa
 from scipy.special import chdtrc  # type: ignore[import-untyped]
 
 from pulse_ray.candidates.exports import load_model
-from pulse_ray.candidates.sets import CandidateSets, Row, Touched, read_rows
+from pulse_ray.candidates.rows import Key, Row, read_rows
+from pulse_ray.candidates.sets import CandidateSets, Touched
 from pulse_ray.config import CandidatesConfig
 from pulse_ray.errors import ArtifactError, DataError
 from pulse_ray.runtime import map_parts
@@ -171,7 +172,9 @@ class CheckWorker:
         items = entry["items"]
         return len(items) == self.size == len(set(items)) and all((row.domain, i) in self.model.index for i in items)
 
-    def _draw(self, rows: Sequence[Row], touched: Any) -> Iterator[tuple[Row, dict[str, Any] | None]]:
+    def _draw(
+        self, rows: Sequence[Row], touched: Mapping[Key, set[str]]
+    ) -> Iterator[tuple[Row, dict[str, Any] | None]]:
         states = self.model.states([self.model.indices(row.domain, row.items) for row in rows])
         return zip(rows, self.sets.draw(rows, states, touched), strict=True)
 

@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pulse_ray.candidates.neighbours import UserIndex, newest, write_index
-from pulse_ray.candidates.sasrec import Key, Sasrec
-from pulse_ray.candidates.sets import partition_of, read_rows
+from pulse_ray.candidates.rows import newest_rows
+from pulse_ray.candidates.sasrec import Sasrec
+from pulse_ray.candidates.sets import partition_of
 from pulse_ray.schema import TABLES
 from pulse_ray.workspace import Part, StageRun
 
@@ -54,37 +55,21 @@ class ExportWorker:
         return pa.Table.from_arrays([*data.columns, _lists(vectors)], schema=TABLES["item_vectors"])
 
     def _user_states(self, partition: Part) -> pa.Table:
-        users = self._sequences(partition)
-        states = self.model.states([indices for _, indices in users.values()])
-        domains, user_ids = zip(*users, strict=True) if users else ((), ())
-        sequences = [reversed(indices) for _, indices in users.values()]
+        examples = self.stage.input("examples")
+        parts = [part for part in examples.parts("train") if partition_of(part) == partition]
+        users = list(newest_rows(examples.read(part) for part in parts).values())
+        sequences = [[*row.items, row.target] for row in users]
+        states = self.model.states(
+            [self.model.indices(row.domain, steps) for row, steps in zip(users, sequences, strict=True)]
+        )
         columns = [
-            pa.array([example_id for example_id, _ in users.values()], pa.string()),
-            pa.array(domains, pa.string()),
-            pa.array(user_ids, pa.string()),
+            pa.array([row.example_id for row in users], pa.string()),
+            pa.array([row.domain for row in users], pa.string()),
+            pa.array([row.user_id for row in users], pa.string()),
             _lists(states),
-            pa.array(
-                [newest(self.model.vocabulary[index - 1][1] for index in indices) for indices in sequences],
-                pa.list_(pa.string()),
-            ),
+            pa.array([newest(reversed(steps)) for steps in sequences], pa.list_(pa.string())),
         ]
         return pa.Table.from_arrays(columns, schema=TABLES["user_states"])
-
-    def _sequences(self, partition: Part) -> dict[Key, tuple[str, list[int]]]:
-        """Each user's longest training sequence: the example that it ends with, and the model's indices of its items.
-
-        Of sequences that were cut to the same length, the first is the newest: `prepare` writes a user's newest first.
-        """
-        examples = self.stage.input("examples")
-        found: dict[Key, tuple[str, list[int]]] = {}
-        for part in examples.parts("train"):
-            if partition_of(part) != partition:
-                continue
-            for row in read_rows(examples.read(part)):
-                key, length = (row.domain, row.user_id), len(row.items) + 1
-                if length > len(found.get(key, ("", ()))[1]):
-                    found[key] = (row.example_id, self.model.indices(row.domain, [*row.items, row.target]))
-        return found
 
 
 class IndexWorker:

@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from pulse_ray.candidates.losses import FullSoftmax, gbce, sampled_softmax
+from pulse_ray.candidates.rows import Key, newest_rows, read_rows
 from pulse_ray.config import SasrecConfig
 from pulse_ray.metrics import ranks
-from pulse_ray.schema import Split, examples
 from pulse_ray.workspace import Artefact
 
 PADDING = 0
@@ -32,8 +32,6 @@ LOGITS_AT_ONCE = 2**25
 ROTARY_BASE = 10_000.0
 GROUP_RATIO = 2
 """Sequences attend in groups; the longest of a group is less than so many times as long as its shortest."""
-Key = tuple[str, str]
-"""Domain and item id."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,22 +264,6 @@ def catalogue_ranks(
     return ranks(logits, targets)
 
 
-def sequences(examples_artefact: Artefact, split: Split, *, with_target: bool) -> dict[Key, list[str]]:
-    """For each domain and user the longest sequence of item ids among the examples of a split.
-
-    With the target, a user's training sequence is what the newest training example saw and led to.
-    """
-    found: dict[Key, list[str]] = {}
-    for data in examples_artefact.tables(split):
-        for example in examples(data):
-            history = example.history
-            steps = [step.item_id for step in history.interactions] + ([example.target_item] if with_target else [])
-            key = (history.domain, history.user_id)
-            if len(steps) > len(found.get(key, ())):
-                found[key] = steps
-    return found
-
-
 class SasrecTask:
     """Trains SASRec on users' training sequences; validates by the rank of the target among all new items."""
 
@@ -297,18 +279,16 @@ class SasrecTask:
         ]
         self.config = config
         self.model = Sasrec(config, vocabulary, max_length)
-        train = sequences(examples_artefact, "train", with_target=True)
-        self.train = [(key, self.model.indices(key[0], steps)) for key, steps in train.items() if len(steps) > 1]
+        self.train = [
+            (key, self.model.indices(row.domain, [*row.items, row.target]))
+            for key, row in newest_rows(examples_artefact.tables("train")).items()
+        ]
         self.mean_length = float(np.mean([len(steps) - 1 for _, steps in self.train])) if self.train else 1.0
         limit = config.training.validation_examples
         self.validation = [
-            (
-                self.model.indices(e.history.domain, [s.item_id for s in e.history.interactions]),
-                e.history.domain,
-                e.target_item,
-            )
+            (self.model.indices(row.domain, row.items), row.domain, row.target)
             for data in examples_artefact.tables("validation")
-            for e in examples(data)
+            for row in read_rows(data)
         ][:limit]
 
     def module(self) -> nn.Module:

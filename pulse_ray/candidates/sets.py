@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,43 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from pulse_ray.candidates.rows import Key, Row
 from pulse_ray.candidates.sampling import HARD_POOL, draw_hard, draw_negatives, hardest, place_target
-from pulse_ray.candidates.sasrec import LOGITS_AT_ONCE, Key, Sasrec
+from pulse_ray.candidates.sasrec import LOGITS_AT_ONCE, Sasrec
 from pulse_ray.errors import DataError
 from pulse_ray.seeding import derive
 from pulse_ray.workspace import Part, StageRun
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """An example without what was said in it: `items` are its history's item ids, oldest first."""
-
-    example_id: str
-    domain: str
-    user_id: str
-    split: str
-    items: Sequence[str]
-    target: str
-
-
-def read_rows(data: pa.Table) -> list[Row]:
-    """The rows of an `examples` table, in order; reviews never become Python objects."""
-    history = data.column("history").combine_chunks()
-    lengths = pc.list_value_length(history).to_pylist()
-    items = iter(history.flatten().field("item_id").to_pylist())
-    names = ("example_id", "domain", "user_id", "split", "target_item")
-    columns = [data.column(name).to_pylist() for name in names]
-    return [
-        Row(
-            example_id=example_id,
-            domain=domain,
-            user_id=user_id,
-            split=split,
-            items=[next(items) for _ in range(length)],
-            target=target,
-        )
-        for example_id, domain, user_id, split, target, length in zip(*columns, lengths, strict=True)
-    ]
 
 
 def partition_of(part: Part) -> Part:

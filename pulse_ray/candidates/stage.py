@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from pulse_ray import training
 from pulse_ray.candidates.exports import ExportWorker, IndexWorker, Users, exports, load_model, unindexed
+from pulse_ray.candidates.rows import Row, read_rows
 from pulse_ray.candidates.sasrec import SasrecTask
-from pulse_ray.candidates.sets import CandidateSets, Row, Touched, read_rows
+from pulse_ray.candidates.sets import CandidateSets, Touched
 from pulse_ray.errors import DataError
 from pulse_ray.runtime import ShardOutput, map_parts, run_shards
 from pulse_ray.schema import Reject, table

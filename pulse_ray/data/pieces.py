@@ -17,6 +17,9 @@ from pulse_ray.workspace import Artefact, StageRun
 SCRATCH = "scratch"
 """The artefact that holds the pieces while the stage runs."""
 
+Counts = dict[str, int]
+"""What a step counted, by name."""
+
 DEALT_BYTES = 2**25
 """Rows gather up to this size before they are dealt out, so that a piece is not made of crumbs."""
 

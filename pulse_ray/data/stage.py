@@ -13,8 +13,8 @@ import ray
 
 from pulse_ray import errors
 from pulse_ray.data import preparation
-from pulse_ray.data.pieces import SCRATCH
-from pulse_ray.data.preparation import Counts
+from pulse_ray.data.choosing import choose
+from pulse_ray.data.pieces import SCRATCH, Counts
 from pulse_ray.errors import DataError, PulseError
 from pulse_ray.progress import Bar
 from pulse_ray.runtime import core_cpus
@@ -73,7 +73,7 @@ def prepare(stage: StageRun, each: Each) -> dict[str, Metrics]:
         read = each(preparation.read_file, [(d, file) for d in domains for file in range(numbers[d])])
         _check_read(stage, read)
         unique = each(preparation.deduplicate, _pairs(stage, domains))
-        chosen = each(preparation.choose, [(d,) for d in domains])
+        chosen = each(choose, [(d,) for d in domains])
         _check_chosen(stage, chosen)
         _replace(stage)
         cuts = {d: (counts["validation_from"], counts["test_from"]) for d, counts in chosen.items()}

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pulse_ray import cli, runtime
 from pulse_ray.candidates import check
 from pulse_ray.candidates.check import CheckWorker, complain, require_complete, summarise
-from pulse_ray.candidates.sets import read_rows
+from pulse_ray.candidates.rows import read_rows
 from pulse_ray.config import Config
 from pulse_ray.errors import ArtifactError, DataError
 from pulse_ray.pipeline import plan

@@ -11,7 +11,8 @@ import pytest
 
 from pulse_ray.candidates import sets
 from pulse_ray.candidates.exports import exports, load_model, unindexed
-from pulse_ray.candidates.sets import CandidateSets, Touched, read_rows
+from pulse_ray.candidates.rows import read_rows
+from pulse_ray.candidates.sets import CandidateSets, Touched
 from pulse_ray.errors import DataError
 from pulse_ray.workspace import StageRun
 
