@@ -26,9 +26,9 @@ class Scribe:
     def fits(self, prompt: str, sampling: SamplingConfig) -> bool:
         return self.count(prompt) < 1000
 
-    async def complete(self, prompt: str, seeds: Sequence[int], sampling: SamplingConfig) -> list[Completion]:
+    async def complete(self, prompt: str, n: int, seed: int, sampling: SamplingConfig) -> list[Completion]:
         self.prompts.append(prompt)
         return [
-            Completion(text=self.answer(prompt, seed), mean_logprob=-1.0, num_tokens=9, finish_reason="stop", seed=seed)
-            for seed in seeds
+            Completion(text=self.answer(prompt, one), mean_logprob=-1.0, num_tokens=9, finish_reason="stop", seed=one)
+            for one in range(seed, seed + n)
         ]

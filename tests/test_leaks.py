@@ -62,13 +62,13 @@ class Parrot:
     def fits(self, prompt: str, sampling: SamplingConfig) -> bool:
         return True
 
-    async def complete(self, prompt: str, seeds: Sequence[int], sampling: SamplingConfig) -> list[Completion]:
+    async def complete(self, prompt: str, n: int, seed: int, sampling: SamplingConfig) -> list[Completion]:
         self.prompts.append(prompt)
         # Scrambled, or the gates would refuse a copy of the instruction.
-        words = random.Random(seeds[0]).sample(sorted(set(prompt.split())), k=min(60, len(set(prompt.split()))))
+        words = random.Random(seed).sample(sorted(set(prompt.split())), k=min(60, len(set(prompt.split()))))
         return [
-            Completion(text=" ".join(words), mean_logprob=-1.0, num_tokens=60, finish_reason="stop", seed=seed)
-            for seed in seeds
+            Completion(text=" ".join(words), mean_logprob=-1.0, num_tokens=60, finish_reason="stop", seed=one)
+            for one in range(seed, seed + n)
         ]
 
 

@@ -102,8 +102,8 @@ class Engine:
         """Whether a prompt leaves room for a whole completion."""
         return self.count(prompt) + sampling.max_tokens <= self.config.max_model_len
 
-    async def complete(self, prompt: str, seeds: Sequence[int], sampling: SamplingConfig) -> list[Completion]:
-        """One completion of a rendered prompt for each seed. The prompt's cache is shared among them.
+    async def complete(self, prompt: str, n: int, seed: int, sampling: SamplingConfig) -> list[Completion]:
+        """`n` completions of a rendered prompt, which is read once. Their seeds are `seed`, `seed + 1`, …
 
         Raises:
             GenerationError: the engine cannot start, or has died.
@@ -112,7 +112,7 @@ class Engine:
             self._start()
         # Tokens rather than text: the template already wrote the opening token, which must not come twice.
         tokens = self._encode(prompt)
-        return list(await asyncio.gather(*(self._draw(tokens, seed, sampling) for seed in seeds)))
+        return list(await asyncio.gather(*(self._draw(tokens, seed + place, sampling) for place in range(n))))
 
     def close(self) -> None:
         """Ends the engine's processes. They also end by themselves when this process does."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -34,7 +34,7 @@ class Writer(Protocol):
 
     def fits(self, prompt: str, sampling: SamplingConfig) -> bool: ...
 
-    async def complete(self, prompt: str, seeds: Sequence[int], sampling: SamplingConfig) -> list[Completion]: ...
+    async def complete(self, prompt: str, n: int, seed: int, sampling: SamplingConfig) -> list[Completion]: ...
 
 
 async def draw(
@@ -44,27 +44,32 @@ async def draw(
     sampling: SamplingConfig,
     seed: Callable[[int], int],
     opening: str = "",
-) -> Completion | Flaw:
-    """A completion that passes the gates, or why there is none.
+    n: int = 1,
+) -> list[Completion | Flaw]:
+    """`n` completions that pass the gates, or for each that does not, why.
 
     Args:
         prompt: what the model reads.
         instruction: the part of it that a weak model might repeat instead of following.
-        seed: the seed of each attempt, counted from 0.
+        seed: the seed of each attempt, counted from 0; siblings take the seeds that follow it.
         opening: words that the answer begins with; the model goes on from them, and the gates judge what it adds.
     """
     prompt += opening
     if not writer.fits(prompt, sampling):
-        return Flaw(reason="prompt too long", detail=f"{len(prompt)} characters")
-    flaw = Flaw(reason="empty", detail="")
+        return [Flaw(reason="prompt too long", detail=f"{len(prompt)} characters")] * n
+    drawn: list[Completion | Flaw] = [Flaw(reason="empty", detail="")] * n
     for attempt in range(sampling.attempts):
-        (completion,) = await writer.complete(prompt, [seed(attempt)], sampling)
-        text = tidy(completion.text, cut=completion.finish_reason == "length", min_words=sampling.min_words)
-        reason = fault(text, instruction, sampling.min_words)
-        if reason is None:
-            return replace(completion, text=f"{opening} {text}".strip())
-        flaw = Flaw(reason=reason, detail=text)
-    return flaw
+        lacking = [place for place, one in enumerate(drawn) if isinstance(one, Flaw)]
+        if not lacking:
+            break
+        completions = await writer.complete(prompt, len(lacking), seed(attempt), sampling)
+        for place, completion in zip(lacking, completions, strict=True):
+            text = tidy(completion.text, cut=completion.finish_reason == "length", min_words=sampling.min_words)
+            reason = fault(text, instruction, sampling.min_words)
+            drawn[place] = (
+                Flaw(reason=reason, detail=text) if reason else replace(completion, text=f"{opening} {text}".strip())
+            )
+    return drawn
 
 
 def tidy(text: str, *, cut: bool, min_words: int) -> str:

@@ -70,7 +70,7 @@ class RationaleWorker:
         def seed(attempt: int) -> int:
             return derive(self.stage.config.seed, "rationales", example.history.example_id, attempt)
 
-        return await gates.draw(
+        (drawn,) = await gates.draw(
             self.engine,
             self.engine.render(messages),
             prompts.INSTRUCTION,
@@ -78,6 +78,7 @@ class RationaleWorker:
             seed,
             prompts.OPENING,
         )
+        return drawn
 
 
 def _row(example_id: str, model: str, rationale: Completion) -> dict[str, Any]:

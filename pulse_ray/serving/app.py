@@ -250,7 +250,7 @@ class Reasoner:
             version=f"{selector}@online",
         )
         # The engine starts with its first completion: the replica is not ready before.
-        await engine.complete("Hello", [0], SamplingConfig(max_tokens=1))
+        await engine.complete("Hello", 1, 0, SamplingConfig(max_tokens=1))
 
     async def reason(self, history: History) -> Found | str:
         """A reason with its tree, or why there is none."""

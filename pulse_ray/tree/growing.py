@@ -52,18 +52,18 @@ async def grow_tree(
         special_tokens=writer.special_tokens,
     )
 
-    async def think(node_id: str, parent: str | None) -> Completion | Flaw:
+    async def think(parent: Node | None, n: int) -> list[Completion | Flaw]:
         if parent is None:
-            messages, instruction = prompts.base_messages(context), prompts.BASE
+            messages, instruction, place = prompts.base_messages(context), prompts.BASE, "base"
         else:
-            messages = prompts.refine_messages(context, parent, writer.special_tokens)
-            instruction = prompts.REFINE
+            messages = prompts.refine_messages(context, parent.thought.text, writer.special_tokens)
+            instruction, place = prompts.REFINE, parent.node_id
 
         def draw_seed(attempt: int) -> int:
-            return derive(seed, "tree", history.example_id, node_id, attempt)
+            return derive(seed, "tree", history.example_id, place, attempt)
 
         return await gates.draw(
-            writer, writer.render(messages), instruction, config.sampling, draw_seed, prompts.OPENING
+            writer, writer.render(messages), instruction, config.sampling, draw_seed, prompts.OPENING, n
         )
 
     return await grow(config.breadths, think)

@@ -20,8 +20,8 @@ class Node:
     thought: Completion
 
 
-Think = Callable[[str, str | None], Awaitable[Completion | Flaw]]
-"""Writes the thought of a node, given the node's id and the parent's text (None for the base reason)."""
+Think = Callable[[Node | None, int], Awaitable[list[Completion | Flaw]]]
+"""Writes so many thoughts below a node; below None, base reasons."""
 
 
 async def grow(breadths: Sequence[int], think: Think) -> list[Node] | Flaw:
@@ -31,23 +31,25 @@ async def grow(breadths: Sequence[int], think: Think) -> list[Node] | Flaw:
 
     Args:
         breadths: children of the base reason, children of each of those, and so on; each at least 1.
-        think: called for all siblings, and for all subtrees, at the same time.
+        think: called once for all siblings, and for all subtrees at the same time.
     """
     nodes: list[Node] = []
     flaws: list[Flaw] = []
 
-    async def subtree(path: tuple[int, ...], parent: str | None) -> None:
-        node_id = ".".join(map(str, path))
-        thought = await think(node_id, parent)
-        if isinstance(thought, Flaw):
-            flaws.append(thought)
-            return
-        nodes.append(Node(node_id=node_id, depth=len(path), thought=thought))
-        if len(path) < len(breadths):
-            children = range(1, breadths[len(path)] + 1)
-            await asyncio.gather(*(subtree((*path, child), thought.text) for child in children))
+    async def subtree(parent: Node | None, n: int) -> None:
+        children = []
+        for place, thought in enumerate(await think(parent, n), 1):
+            if isinstance(thought, Flaw):
+                flaws.append(thought)
+                continue
+            node_id = "" if parent is None else f"{parent.node_id}.{place}".lstrip(".")
+            children.append(Node(node_id=node_id, depth=0 if parent is None else parent.depth + 1, thought=thought))
+        nodes.extend(children)
+        await asyncio.gather(
+            *(subtree(child, breadths[child.depth]) for child in children if child.depth < len(breadths))
+        )
 
-    await subtree((), None)
+    await subtree(None, 1)
     if not any(node.depth == len(breadths) for node in nodes):
         return _most_common(flaws)
     return sorted(nodes, key=lambda node: [int(step) for step in node.node_id.split(".") if step])

@@ -31,9 +31,10 @@ def test_degenerate_texts_are_told_from_good_ones(text: str, reason: str | None)
 
 
 def _draw(scribe: Scribe, prompt: str = "prompt", attempts: int = 3) -> Completion | Flaw:
-    return asyncio.run(
+    (drawn,) = asyncio.run(
         draw(scribe, prompt, INSTRUCTION, SamplingConfig(attempts=attempts), lambda attempt: 10 + attempt)
     )
+    return drawn
 
 
 def test_a_flawed_completion_is_drawn_again_with_the_next_seed() -> None:
@@ -45,7 +46,7 @@ def test_a_flawed_completion_is_drawn_again_with_the_next_seed() -> None:
 
 def test_an_opening_is_read_by_the_model_and_stands_before_what_it_adds() -> None:
     scribe = Scribe(lambda prompt, seed: " creams without perfume, as scent made the skin itch.")
-    kept = asyncio.run(draw(scribe, "prompt ", INSTRUCTION, SamplingConfig(), lambda attempt: 1, "They want"))
+    (kept,) = asyncio.run(draw(scribe, "prompt ", INSTRUCTION, SamplingConfig(), lambda attempt: 1, "They want"))
     assert isinstance(kept, Completion)
     assert scribe.prompts == ["prompt They want"]
     assert kept.text == "They want creams without perfume, as scent made the skin itch."

@@ -41,7 +41,7 @@ def test_trees_are_written_whole_seeded_and_apart_from_their_shard(tmp_path: Pat
         (f"shop/{user}/4", node) for user in ("u1", "u2") for node in ("", "1", "2")
     ]
     assert all(row["mean_logprob"] < 0 < row["num_tokens"] <= 12 for row in rows)
-    assert rows[0]["seed"] in [derive(0, "tree", "shop/u1/4", "", attempt) for attempt in range(3)]
+    assert rows[0]["seed"] in [derive(0, "tree", "shop/u1/4", "base", attempt) for attempt in range(3)]
     assert len({row["text"] for row in rows}) == len(rows)
     for row, twin in zip(rows[:3], thoughts["test-0000-0000"], strict=True):
         assert row.pop("mean_logprob") == pytest.approx(twin.pop("mean_logprob"), abs=1e-4)

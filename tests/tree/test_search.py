@@ -19,11 +19,21 @@ def _thought(text: str) -> Completion:
     return Completion(text=text, mean_logprob=-1.0, num_tokens=1, finish_reason="stop", seed=0)
 
 
+def child_ids(parent: Node | None, n: int) -> list[str]:
+    return [""] if parent is None else [f"{parent.node_id}.{place}".lstrip(".") for place in range(1, n + 1)]
+
+
+def _text(parent: Node | None) -> str | None:
+    return parent and parent.thought.text
+
+
 def _grow(breadths: Sequence[int], failing: frozenset[str] = frozenset()) -> list[Node] | Flaw:
-    async def think(node_id: str, parent: str | None) -> Completion | Flaw:
-        if node_id in failing:
-            return Flaw(reason="empty", detail=node_id)
-        return _thought(f"{parent}>{node_id}")
+    async def think(parent: Node | None, n: int) -> list[Completion | Flaw]:
+        drawn: list[Completion | Flaw] = []
+        for node_id in child_ids(parent, n):
+            flawed = node_id in failing
+            drawn.append(Flaw(reason="empty", detail=node_id) if flawed else _thought(f"{_text(parent)}>{node_id}"))
+        return drawn
 
     return asyncio.run(grow(breadths, think))
 
@@ -69,12 +79,12 @@ def test_a_tree_is_kept_while_a_leaf_is_left(failing: set[str], left: list[str] 
 
 def test_siblings_and_subtrees_are_thought_at_the_same_time() -> None:
     async def run() -> list[Node] | Flaw:
-        leaves = asyncio.Barrier(6)  # Opens only when all leaves are asked for at once.
+        leaves = asyncio.Barrier(3)  # Opens only when the leaves of all subtrees are asked for at once.
 
-        async def think(node_id: str, parent: str | None) -> Completion:
-            if node_id.count(".") == 1:
+        async def think(parent: Node | None, n: int) -> list[Completion | Flaw]:
+            if parent and parent.depth == 1:
                 await leaves.wait()
-            return _thought(node_id)
+            return [_thought(node_id) for node_id in child_ids(parent, n)]
 
         return await asyncio.wait_for(grow([3, 2], think), timeout=10)
 
