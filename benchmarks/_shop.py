@@ -29,7 +29,7 @@ REASON = (
 def make(config: Config, seed: int) -> None:
     """Writes what serving reads of a run: items, SASRec, the ranker's adapter and the profile store."""
     shop = Shop(SOURCE, seed)
-    _finish(config, "prepare", {"items": _items(shop)})
+    _finish(config, "prepare", {"items": item_rows(shop)})
     _finish(config, "candidates", {"sasrec": []})
     _finish(config, "ranker", {"ranker": []})
     workspace = Workspace(config.storage, config.name)
@@ -72,7 +72,7 @@ def _finish(config: Config, name: str, outputs: dict[str, list[dict[str, Any]]])
     stage.complete(0.0)
 
 
-def _items(shop: Shop) -> list[dict[str, Any]]:
+def item_rows(shop: Shop) -> list[dict[str, Any]]:
     rows = []
     for raw in shop.items().to_pylist():
         text = f"{raw['title']} ({raw['brand']}), {' › '.join(raw['categories'])}"

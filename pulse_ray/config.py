@@ -285,12 +285,17 @@ class EngineConfig(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     max_model_len: Count = 1024
     max_num_seqs: Annotated[Count, OPERATIONAL] = 128
+    quantization: str | None = Field(None, description="vLLM's name of a method, e.g. fp8; unset: as the model says")
+    adapters: dict[str, str] = Field({}, description="LoRA adapters by name: folders or hub names")
     tensor_parallel: Annotated[Count, OPERATIONAL] = 1
     kv_cache_gb: Annotated[Annotated[float, Field(gt=0)], OPERATIONAL] = Field(1.0, description="CPU only")
     gpu_memory_utilization: Annotated[Annotated[float, Field(gt=0, lt=1)], OPERATIONAL] = 0.85
     compile: Annotated[bool, OPERATIONAL] = Field(False, description="compile and capture graphs: slow start, fast run")
     threads: Annotated[Count | None, OPERATIONAL] = Field(None, description="CPU threads; unset takes every core")
     shards_in_flight: Annotated[Count, OPERATIONAL] = Field(2, description="parts that one engine works on at once")
+    max_shard_attempts: Annotated[Count, OPERATIONAL] = Field(
+        4, description="a part that was being written when its engine died so many times is rejected"
+    )
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
 
 
@@ -307,6 +312,8 @@ class SamplingConfig(Section):
     max_tokens: Count = 64
     temperature: Annotated[float, Field(ge=0)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="texts that end a completion")
+    adapter: str | None = Field(None, description="the one of engine.adapters that writes; unset: the model alone")
     min_words: Count = Field(5, description="a shorter completion is degenerate")
     attempts: Count = Field(2, description="draws, each with another seed, before a completion is rejected")
 
@@ -537,6 +544,8 @@ class Config(Section):
                     f"{name}.text.history_tokens + 3 × {name}.sampling.max_tokens = {used} leaves no room in "
                     f"engine.max_model_len ({self.engine.max_model_len})"
                 )
+            if section.sampling.adapter not in (None, *self.engine.adapters):
+                raise ValueError(f"{name}.sampling.adapter is '{section.sampling.adapter}', not one of engine.adapters")
         if self.ranker.text.history_tokens + self.ranker.reason_tokens >= self.ranker.max_tokens:
             raise ValueError(
                 "ranker.text.history_tokens + ranker.reason_tokens leaves no room for the instruction in "

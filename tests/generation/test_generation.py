@@ -48,12 +48,13 @@ def test_trees_are_written_whole_seeded_and_apart_from_their_shard(tmp_path: Pat
         assert row == twin
 
 
+@pytest.mark.usefixtures("ray_cluster")
 def test_too_many_rejects_stop_the_stage_and_leave_what_is_written(
     tmp_path: Path, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = stage("tree", tmp_path, PARTS, settings)
     monkeypatch.setattr(pool, "run_shards", lambda *_, **__: {})  # Every part was committed before.
     run.reject("train-0000-0000", [Reject(key="shop/u2/4", reason="too short")])
-    with pytest.raises(GenerationError, match=r"1 of 3 examples \(1 too short\)"):
+    with pytest.raises(GenerationError, match=r"1 examples, more than 10%: 1 too short"):
         tree.run(run)
     assert run.rejected() == {"too short": 1}
