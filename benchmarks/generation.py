@@ -28,10 +28,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._histories import tree_stage
 from benchmarks._report import report
 from pulse_ray import catalogue, models
-from pulse_ray.config import EngineConfig, SamplingConfig
+from pulse_ray.config import Config, EngineConfig, SamplingConfig
 from pulse_ray.generation.engine import CPU_BLOCK_TOKENS, Completion, Engine, prepare_environment, vllm_arguments
 from pulse_ray.generation.pool import generate
 from pulse_ray.runtime import ShardOutput, cluster
@@ -40,6 +39,7 @@ from pulse_ray.tree.growing import grow_tree
 from pulse_ray.tree.stage import TreeWorker
 from pulse_ray.workspace import Part, StageRun
 from tests import tiny
+from tests.histories import configure, tree_run
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SYSTEMS = ("ceiling", "ours", "ray_data_llm")
@@ -118,7 +118,7 @@ def _measure(system: str, model: str, users: int) -> Figures:
     engine = {"model": model, "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 128, "kv_cache_gb": 4.0}
     settings = {"seed": SEED, "engine": engine, "tree": {"breadths": BREADTHS, "sampling": sampling}}
     with tempfile.TemporaryDirectory() as folder:
-        stage = tree_stage(Path(folder), users, users // 2, settings)
+        stage = tree_run(Config.model_validate(configure(Path(folder), users, settings)), users // 2)
         os.environ["PULSE_RAY_STEPS"] = f"{folder}/steps"
         begun = time.time()
         measured = {"ceiling": _ceiling, "ours": _ours, "ray_data_llm": _ray_data_llm}[system](stage, Path(folder))

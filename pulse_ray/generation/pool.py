@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pulse_ray import models
 from pulse_ray.errors import GenerationError
 from pulse_ray.generation.engine import ADAPTER, Engine, EngineDeathError, Usage
+from pulse_ray.progress import console
 from pulse_ray.runtime import ShardOutput, run_shards
 from pulse_ray.schema import Reject, table
 from pulse_ray.workspace import Part, StageRun
@@ -76,6 +77,7 @@ def generate(
             "of prompts cached": f"{totals['cached_tokens'] / max(1, totals['prompt_tokens']):.0%}",
         }
 
+    ledger = _ledger()
     figures = run_shards(
         stage,
         parts,
@@ -83,12 +85,14 @@ def generate(
         stage,
         worker,
         args,
-        _ledger(),
+        ledger,
         pool=settings.pool,
         in_flight=settings.shards_in_flight,
         title=title,
         follow=follow,
     )
+    if again := ray.get(ledger.again.remote()):
+        console.print(f"parts begun again, as an engine died or was killed: {again}")
     if sum(stage.rejected().values()) > allowed:
         raise _too_many(stage, max_reject_fraction)
     return {name: figures.get(name, 0) for name in ("tokens", "prompt_tokens", "cached_tokens")}
@@ -121,6 +125,10 @@ class Ledger:
     def blame(self, part: Part, cause: str) -> None:
         """The attempt that began last failed of this."""
         self._failures[part][-1] = cause
+
+    def again(self) -> int:
+        """Attempts beyond the first, of all shards."""
+        return sum(len(attempts) - 1 for attempts in self._failures.values() if attempts)
 
 
 def _ledger() -> Any:
