@@ -140,7 +140,7 @@ def test_one_works_alone_and_the_others_side_by_side() -> None:
                     await asyncio.sleep(0)
                 inside.discard(-number if alone else number)
 
-        kinds = [number % 3 == 0 for number in range(1, 30)]
+        kinds = [number % 7 == 0 for number in range(1, 40)]
         await asyncio.wait_for(asyncio.gather(*(work(one, kind) for one, kind in enumerate(kinds, 1))), timeout=20)
         assert most == 3
 
