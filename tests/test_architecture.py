@@ -62,7 +62,7 @@ LIBRARIES = {
 }
 """Which modules may import a heavy library, at all: inside functions too."""
 
-LIGHT = ("cli", "pipeline", "overview", "doctor")
+LIGHT = ("cli", "pipeline", "overview", "doctor", "tree.search", "tree.growing")
 """Importing these must import no heavy library, through whatever they import at module level."""
 
 
