@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -30,6 +31,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import to_jsonable_python
 
 from pulse_ray.errors import ConfigError
 
@@ -37,8 +39,11 @@ OPERATIONAL = "operational"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Variant = Literal["none", "base", "log_likelihood", "thought_space"]
-Selector = Literal["log_likelihood", "thought_space"]
+Selector = Literal["thought_space", "sbert", "encoder_base", "log_likelihood", "random"]
+Variant = Literal["none", "base", Selector]
+
+BY_BEHAVIOUR: frozenset[Variant] = frozenset({"thought_space", "sbert", "encoder_base"})
+"""Selectors that compare a thought with the behaviour's text."""
 
 
 class Section(BaseModel):
@@ -344,6 +349,13 @@ class TreeConfig(Section):
     """The Tree of Thought: base reason, then `breadths[0]` refinements, `breadths[1]` of each of those, …"""
 
     breadths: Annotated[tuple[Count, ...], Field(min_length=1)] = (3, 3)
+    beam_width: Count | None = Field(
+        None,
+        description="refine only so many nodes of a level, those that agree best in the Thought Space; unset: all",
+    )
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        None, description="of the base reason and of each level of breadths; unset: sampling.temperature for all"
+    )
     neighbour_items: Annotated[int, Field(ge=0)] = Field(
         5, description="items of similar users shown to the base reason"
     )
@@ -354,15 +366,39 @@ class TreeConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     max_reject_fraction: Annotated[Fraction, OPERATIONAL] = 0.1
 
+    @model_validator(mode="after")
+    def _one_for_each_level(self) -> TreeConfig:
+        levels = 1 + len(self.breadths)
+        if self.temperatures is not None and len(self.temperatures) != levels:
+            raise ValueError(
+                f"temperatures has {len(self.temperatures)} entries for {levels} levels: the base reason and breadths"
+            )
+        return self
+
 
 class SelectConfig(Section):
     """Which leaf becomes the reason. One row per example and selector."""
 
-    selectors: Annotated[tuple[Selector, ...], Field(min_length=1)] = ("thought_space", "log_likelihood")
+    selectors: Annotated[tuple[Selector, ...], Field(min_length=1)] = Field(
+        ("thought_space", "log_likelihood"),
+        description="`thought_space`, `sbert`, `encoder_base`: nearest to the behaviour under the trained encoders, "
+        "select.sbert_model or the untrained thought_space.model; `log_likelihood`: likeliest under the language "
+        "model; `random`: drawn by the example's seed",
+    )
+    sbert_model: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2", description="sentence encoder of the selector `sbert`, used as it is"
+    )
     protocol: Literal["deployable", "oracle"] = Field(
         "deployable", description="`oracle` scores leaves against the target too (Eq. 2 as printed): it sees the label"
     )
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
+
+    @field_validator("selectors")
+    @classmethod
+    def _distinct(cls, selectors: tuple[Selector, ...]) -> tuple[Selector, ...]:
+        if len(set(selectors)) < len(selectors):
+            raise ValueError(f"selectors repeat: {selectors}")
+        return selectors
 
 
 class LoraConfig(Section):
@@ -572,14 +608,22 @@ class Config(Section):
         """The resolved configuration, every default written out."""
         return self.model_dump_json(indent=2)
 
+    def resolved(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Settings by dotted key, every default written out, as JSON holds them."""
+        return {key: to_jsonable_python(attrgetter(key)(self)) for key in keys}
+
+    def model_of(self, selector: Variant) -> str | None:
+        """Name of the encoder that a selector takes as it is; None where it takes none, or what the run has trained."""
+        return {"sbert": self.select.sbert_model, "encoder_base": self.thought_space.model}.get(selector)
+
     def fingerprint(self, keys: Iterable[str], inputs: Iterable[str] = ()) -> str:
         """16 hex digits that name what a stage computes.
 
         Args:
-            keys: the top-level settings that the stage reads, e.g. `("seed", "engine", "tree")`.
+            keys: the settings that the stage reads, e.g. `("seed", "engine", "thought_space.text")`.
             inputs: the fingerprints of the artefacts that it reads.
         """
-        settings = {key: _identity(getattr(self, key)) for key in sorted(keys)}
+        settings = {key: _identity(attrgetter(key)(self)) for key in sorted(keys)}
         text = json.dumps([settings, list(inputs)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

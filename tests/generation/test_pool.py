@@ -67,6 +67,7 @@ class Mortal:
         row = {
             **dict.fromkeys(("node_id", "text", "finish_reason", "prompt_sha"), ""),
             **dict.fromkeys(("depth", "num_tokens", "seed"), 1),
+            "leaf": True,
             "mean_logprob": -1.0,
         }
         (key,) = self.run.input("examples").read(part, ["example_id"]).column(0).to_pylist()
