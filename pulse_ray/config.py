@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -31,6 +32,7 @@ from pydantic import (
     model_validator,
 )
 
+from pulse_ray import templates
 from pulse_ray.errors import ConfigError
 
 OPERATIONAL = "operational"
@@ -311,9 +313,19 @@ class SamplingConfig(Section):
     attempts: Count = Field(2, description="draws, each with another seed, before a completion is rejected")
 
 
+def _template_of(stage: str) -> AfterValidator:
+    def check(version: str) -> str:
+        if version not in (known := templates.versions(stage)):
+            raise ValueError(f"there is no template '{version}'; known are {', '.join(known)}")
+        return version
+
+    return AfterValidator(check)
+
+
 class RationalesConfig(Section):
     """Phase I: why a user chose the target, written with the target in view, for training examples only."""
 
+    template: Annotated[str, _template_of("rationales")] = Field("v1", description="version of the prompt's wording")
     text: TextConfig = TextConfig()
     sampling: SamplingConfig = SamplingConfig()
     max_reject_fraction: Annotated[Fraction, OPERATIONAL] = 0.1
@@ -336,6 +348,7 @@ class ThoughtSpaceConfig(Section):
 class TreeConfig(Section):
     """The Tree of Thought: base reason, then `breadths[0]` refinements, `breadths[1]` of each of those, …"""
 
+    template: Annotated[str, _template_of("tree")] = Field("v1", description="version of the prompts' wording")
     breadths: Annotated[tuple[Count, ...], Field(min_length=1)] = (3, 3)
     neighbour_items: Annotated[int, Field(ge=0)] = Field(
         5, description="items of similar users shown to the base reason"
@@ -558,6 +571,11 @@ class Config(Section):
         if self.thought_space.text.history_tokens >= self.thought_space.max_tokens:
             raise ValueError("thought_space.text.history_tokens must be below thought_space.max_tokens")
         return self
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """The version of the prompts that each stage writes with, by the stage's name."""
+        return {"rationales": self.rationales.template, "tree": self.tree.template}
 
     def to_json(self) -> str:
         """The resolved configuration, every default written out."""

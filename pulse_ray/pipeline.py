@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from pulse_ray import templates
 from pulse_ray.config import Config
 from pulse_ray.data.files import identity
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.ranker.prompts import TEMPLATE_SHA as RANKER_SHA
-from pulse_ray.rationales.prompts import TEMPLATE_SHA as RATIONALES_SHA
-from pulse_ray.tree.prompts import TEMPLATE_SHA as TREE_SHA
 from pulse_ray.workspace import Condition, StageRun, StageSpec, Workspace
 
 STAGES: dict[str, tuple[StageSpec, str]] = {
@@ -47,7 +46,6 @@ STAGES: dict[str, tuple[StageSpec, str]] = {
                 settings=("seed", "engine", "rationales"),
                 inputs=("items", "examples"),
                 outputs=("rationales",),
-                constants=(RATIONALES_SHA,),
             ),
             "pulse_ray.rationales.stage",
         ),
@@ -68,7 +66,6 @@ STAGES: dict[str, tuple[StageSpec, str]] = {
                 settings=("seed", "engine", "tree"),
                 inputs=("items", "examples", "neighbours"),
                 outputs=("thoughts",),
-                constants=(TREE_SHA,),
             ),
             "pulse_ray.tree.stage",
         ),
@@ -137,6 +134,7 @@ def plan(config: Config) -> dict[str, StageRun]:
     for name, (spec, _) in STAGES.items():
         inputs = {artefact: made_by[artefact] for artefact in spec.inputs}
         outside = [identity(domain) for domain in config.prepare.domains] if name == "prepare" else []
+        outside += [templates.sha(stage, version) for stage, version in config.templates.items() if name == stage]
         fingerprint = config.fingerprint(spec.settings, [*inputs.values(), *spec.constants, *outside])
         made_by |= dict.fromkeys(spec.outputs, fingerprint)
         runs[name] = StageRun(

@@ -82,7 +82,7 @@ class StageSpec:
     outputs: tuple[str, ...]
     summary: str
     constants: tuple[str, ...] = ()
-    """Fingerprints of what shapes the output but is no setting: prompt templates."""
+    """Fingerprints of what shapes the output and is no setting: prompts of which there is one version."""
     rows: str = "examples"
     """What a row of its input is, in the plural, for the progress line."""
     key: str = "example_id"

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    *("errors", "schema", "seeding", "config", "metrics", "text", "workspace", "catalogue", "progress", "runtime"),
+    *("errors", "schema", "seeding", "templates", "config", "metrics", "text"),
+    *("workspace", "catalogue", "progress", "runtime"),
     *("models", "training", "generation"),
     *("data", "candidates", "rationales", "thought_space", "tree", "selection", "ranker", "evaluation"),
     *("serving", "pipeline", "overview", "doctor"),
@@ -53,7 +54,7 @@ LIBRARIES = {
     "polars": ("data.*",),
     "sklearn": ("evaluation.*",),
     "matplotlib": ("evaluation.*",),
-    "jinja2": ("evaluation.report",),
+    "jinja2": ("templates", "evaluation.report"),
     "fastapi": ("serving.*",),
     "starlette": ("serving.*",),
     "prometheus_client": ("serving.*",),

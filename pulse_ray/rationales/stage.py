@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from pulse_ray import catalogue
+from pulse_ray import catalogue, templates
 from pulse_ray.generation import gates
 from pulse_ray.generation.engine import Completion, Engine
 from pulse_ray.generation.gates import Flaw
@@ -41,6 +41,7 @@ class RationaleWorker:
     async def __call__(self, part: Part) -> ShardOutput:
         given = list(examples(self.stage.input("examples").read(part)))
         written = await asyncio.gather(*map(self._write, given))
+        prompt_sha = templates.sha(prompts.STAGE, self.config.template)
         rows: list[dict[str, Any]] = []
         rejects: list[Reject] = []
         for example, rationale in zip(given, written, strict=True):
@@ -48,7 +49,7 @@ class RationaleWorker:
             if isinstance(rationale, Flaw):
                 rejects.append(Reject(key=key, reason=rationale.reason, detail=rationale.detail))
             else:
-                rows.append(_row(key, self.stage.config.engine.model, rationale))
+                rows.append(_row(key, self.stage.config.engine.model, prompt_sha, rationale))
         return ShardOutput(
             tables={"rationales": table("rationales", rows)},
             examples=len(given),
@@ -61,6 +62,7 @@ class RationaleWorker:
         messages = prompts.rationale_messages(
             example,
             self.items[example.history.domain],
+            version=self.config.template,
             count=self.engine.count,
             max_tokens=self.config.text.history_tokens,
             review_words=self.config.text.review_words,
@@ -73,20 +75,20 @@ class RationaleWorker:
         (drawn,) = await gates.draw(
             self.engine,
             self.engine.render(messages),
-            prompts.INSTRUCTION,
+            prompts.instruction(self.config.template),
             self.config.sampling,
             seed,
-            prompts.OPENING,
+            prompts.opening(self.config.template),
         )
         return drawn
 
 
-def _row(example_id: str, model: str, rationale: Completion) -> dict[str, Any]:
+def _row(example_id: str, model: str, prompt_sha: str, rationale: Completion) -> dict[str, Any]:
     return {
         "example_id": example_id,
         "text": rationale.text,
         "model": model,
-        "prompt_sha": prompts.TEMPLATE_SHA,
+        "prompt_sha": prompt_sha,
         "seed": rationale.seed,
         "finish_reason": rationale.finish_reason,
         "num_tokens": rationale.num_tokens,

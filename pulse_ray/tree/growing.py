@@ -46,6 +46,7 @@ async def grow_tree(
         history,
         items,
         prompts.unseen(history, near, config.neighbour_items),
+        version=config.template,
         count=writer.count,
         max_tokens=config.text.history_tokens,
         review_words=config.text.review_words,
@@ -54,16 +55,23 @@ async def grow_tree(
 
     async def think(parent: Node | None, n: int) -> list[Completion | Flaw]:
         if parent is None:
-            messages, instruction, place = prompts.base_messages(context), prompts.BASE, "base"
+            task, place = prompts.base_task(config.template), "base"
         else:
-            messages = prompts.refine_messages(context, parent.thought.text, writer.special_tokens)
-            instruction, place = prompts.REFINE, parent.node_id
+            task = prompts.refine_task(config.template, parent.thought.text, writer.special_tokens)
+            place = parent.node_id
+        prompt = writer.render(prompts.messages(config.template, context, task))
 
         def draw_seed(attempt: int) -> int:
             return derive(seed, "tree", history.example_id, place, attempt)
 
         return await gates.draw(
-            writer, writer.render(messages), instruction, config.sampling, draw_seed, prompts.OPENING, n
+            writer,
+            prompt,
+            prompts.base_task(config.template),
+            config.sampling,
+            draw_seed,
+            prompts.opening(config.template),
+            n,
         )
 
     return await grow(config.breadths, think)

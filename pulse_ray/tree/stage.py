@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from pulse_ray import catalogue
+from pulse_ray import catalogue, templates
 from pulse_ray.generation.engine import Engine
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.generation.pool import generate
@@ -57,13 +57,14 @@ class TreeWorker:
         near = self.stage.input("neighbours").read(part, ["example_id", "items"]).to_pylist()
         items_near = {row["example_id"]: row["items"] for row in near}
         trees = await asyncio.gather(*(self._tree(one, items_near.get(one.example_id, [])) for one in given))
+        prompt_sha = templates.sha(prompts.STAGE, self.config.template)
         rows: list[dict[str, Any]] = []
         rejects: list[Reject] = []
         for history, tree in zip(given, trees, strict=True):
             if isinstance(tree, Flaw):
                 rejects.append(Reject(key=history.example_id, reason=tree.reason, detail=tree.detail))
             else:
-                rows.extend(_row(history.example_id, node) for node in tree)
+                rows.extend(_row(history.example_id, node, prompt_sha) for node in tree)
         return ShardOutput(
             tables={"thoughts": table("thoughts", rows)},
             examples=len(given),
@@ -76,7 +77,7 @@ class TreeWorker:
         return await grow_tree(self.engine, self.config, history, items, near, seed=seed)
 
 
-def _row(example_id: str, node: Node) -> dict[str, Any]:
+def _row(example_id: str, node: Node, prompt_sha: str) -> dict[str, Any]:
     return {
         "example_id": example_id,
         "node_id": node.node_id,
@@ -86,5 +87,5 @@ def _row(example_id: str, node: Node) -> dict[str, Any]:
         "num_tokens": node.thought.num_tokens,
         "seed": node.thought.seed,
         "finish_reason": node.thought.finish_reason,
-        "prompt_sha": prompts.TEMPLATE_SHA,
+        "prompt_sha": prompt_sha,
     }
