@@ -54,7 +54,7 @@ LIBRARIES = {
     "polars": ("data.*",),
     "sklearn": ("evaluation.*",),
     "matplotlib": ("evaluation.*",),
-    "jinja2": ("templates", "evaluation.report"),
+    "jinja2": ("templates", "generation.chat", "evaluation.report"),
     "fastapi": ("serving.*",),
     "starlette": ("serving.*",),
     "prometheus_client": ("serving.*",),

@@ -17,7 +17,7 @@ from typing import Any
 from pulse_ray import models
 from pulse_ray.config import EngineConfig, SamplingConfig
 from pulse_ray.errors import ArtifactError, GenerationError, first_line
-from pulse_ray.generation import reaper
+from pulse_ray.generation import chat, reaper
 from pulse_ray.text import control_tokens
 
 Message = dict[str, str]
@@ -90,13 +90,7 @@ class Engine:
         Raises:
             ArtifactError: the model has no chat template.
         """
-        try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-        except ValueError as error:
-            raise ArtifactError(
-                f"model '{self.config.model}' has no chat template",
-                remedy="Use an instruction-tuned model, e.g. HuggingFaceTB/SmolLM2-135M-Instruct",
-            ) from error
+        return chat.render(self.tokenizer, messages)
 
     def fits(self, prompt: str, sampling: SamplingConfig) -> bool:
         """Whether a prompt leaves room for a whole completion."""
