@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -41,6 +41,17 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Variant = Literal["none", "base", "log_likelihood", "thought_space"]
 Selector = Literal["log_likelihood", "thought_space"]
+Gate = Literal["cut off", "too short", "repeats itself", "copies the prompt", "names an unseen item", "wrong language"]
+GATES: tuple[Gate, ...] = get_args(Gate)
+_CODES = """
+ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext fa fi fo fr
+fuv fy ga gcf gcr gd gl gom grc gu gug guw ha hbo he hi hr ht hu hy id ig is it ja jv ka kab kik kk km kn ko
+ku ky la lb lg lij ln lo lt ltg lv mg mk ml mn mr ms mt my ne nl nn no nso oc om or pa pcm pl ps pt qu ro ru
+rw sa sdh se si sk sl sn so sq sr st sv sw ta te tg th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue
+zh zu
+"""
+LANGUAGES = tuple(_CODES.split())
+"""ISO 639 codes of the languages that py3langid tells apart."""
 
 
 class Section(BaseModel):
@@ -310,7 +321,23 @@ class SamplingConfig(Section):
     temperature: Annotated[float, Field(ge=0)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     min_words: Count = Field(5, description="a shorter completion is degenerate")
+    language: str | None = Field("en", description="ISO 639 code of the language to be written in; null: any")
+    gates: tuple[Gate, ...] = Field(GATES, description="what a completion is refused for; an empty one always is")
     attempts: Count = Field(2, description="draws, each with another seed, before a completion is rejected")
+
+    @field_validator("language")
+    @classmethod
+    def _is_known(cls, language: str | None) -> str | None:
+        if language is not None and language not in LANGUAGES:
+            raise ValueError(f"language '{language}' cannot be told; known are {', '.join(LANGUAGES)}")
+        return language
+
+    @field_validator("gates")
+    @classmethod
+    def _distinct(cls, gates: tuple[Gate, ...]) -> tuple[Gate, ...]:
+        if len(set(gates)) < len(gates):
+            raise ValueError(f"gates repeat: {gates}")
+        return gates
 
 
 def _template_of(stage: str) -> AfterValidator:

@@ -18,6 +18,7 @@ CountTokens = Callable[[str], int]
 """Number of tokens of a text under the tokenizer of the model that will read it."""
 
 _SPECIAL = re.compile(r"<\|([^|<>]{0,40})\|>")
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _BRACKETED = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z!][^<>]*>")
@@ -84,6 +85,15 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     added = tokenizer.added_tokens_decoder.values()
     control = (token.content for token in added if token.special or _BRACKETED.fullmatch(token.content))
     return tuple(sorted({*tokenizer.all_special_tokens, *control}))
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, as they are written, without what stands between them.
+
+    >>> words("A post-run drink: Kids' Ginger (2 x 50).")
+    ['A', 'post-run', 'drink', 'Kids', 'Ginger', '2', 'x', '50']
+    """
+    return _WORD.findall(text)
 
 
 def clip_words(text: str, words: int) -> str:

@@ -54,6 +54,7 @@ LIBRARIES = {
     "polars": ("data.*",),
     "sklearn": ("evaluation.*",),
     "matplotlib": ("evaluation.*",),
+    "py3langid": ("generation.language",),
     "jinja2": ("templates", "generation.chat", "evaluation.report"),
     "fastapi": ("serving.*",),
     "starlette": ("serving.*",),

@@ -190,7 +190,7 @@ def _changed(config: Config, path: tuple[str, ...]) -> Config:
 
 def _others(value: Any) -> list[Any]:
     words = ["bf16", "fp32", "float32", "float16", "last", "single_pass", "popularity", "gbce", "oracle", "attention"]
-    words += ["thought_space", "redis://elsewhere:6379", "temporal", "five_core", "rotary"]
+    words += ["thought_space", "redis://elsewhere:6379", "temporal", "five_core", "rotary", "de"]
     if isinstance(value, list) and value and isinstance(value[0], dict):  # domains
         return [[{**value[0], "name": "elsewhere"}]]
     if isinstance(value, list):

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from pulse_ray import catalogue, templates
-from pulse_ray.generation import gates
+from pulse_ray.generation import gates, names
 from pulse_ray.generation.engine import Completion, Engine
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.generation.pool import generate
@@ -37,6 +37,7 @@ class RationaleWorker:
         self.config = stage.config.rationales
         self.engine = Engine(stage.config.engine)
         self.items = catalogue.load(stage.input("items"))
+        self.names = names.of_catalogue(self.items, self.config.sampling)
 
     async def __call__(self, part: Part) -> ShardOutput:
         given = list(examples(self.stage.input("examples").read(part)))
@@ -59,27 +60,30 @@ class RationaleWorker:
 
     async def _write(self, example: Example) -> Completion | Flaw:
         assert example.split == "train", f"{example.history.example_id} is held out"
+        history, version, text = example.history, self.config.template, self.config.text
+        items = self.items[history.domain]
         messages = prompts.rationale_messages(
             example,
-            self.items[example.history.domain],
-            version=self.config.template,
+            items,
+            version=version,
             count=self.engine.count,
-            max_tokens=self.config.text.history_tokens,
-            review_words=self.config.text.review_words,
+            max_tokens=text.history_tokens,
+            review_words=text.review_words,
             special_tokens=self.engine.special_tokens,
+        )
+        request = gates.Request(
+            prompt=self.engine.render(messages),
+            task=prompts.instruction(version),
+            opening=prompts.opening(version),
+            reviews=gates.reviews(history, text.review_words),
+            titles=gates.titles(history, items, [example.target_item]),
+            names=self.names.get(history.domain),
         )
 
         def seed(attempt: int) -> int:
-            return derive(self.stage.config.seed, "rationales", example.history.example_id, attempt)
+            return derive(self.stage.config.seed, "rationales", history.example_id, attempt)
 
-        (drawn,) = await gates.draw(
-            self.engine,
-            self.engine.render(messages),
-            prompts.instruction(self.config.template),
-            self.config.sampling,
-            seed,
-            prompts.opening(self.config.template),
-        )
+        (drawn,) = await gates.draw(self.engine, request, self.config.sampling, seed)
         return drawn
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pulse_ray.catalogue import Catalogue
 from pulse_ray.config import Config
+from pulse_ray.generation import names
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.schema import History
 from pulse_ray.selection import selectors
@@ -41,11 +42,13 @@ class Reasoning:
     ) -> None:
         self.config, self.writer, self.items, self.encoders = config, writer, items, encoders
         self.selector, self.version = selector, version
+        self.names = names.of_catalogue(items, config.tree.sampling)
 
     async def reason(self, history: History) -> Found | str:
         """A reason, or in a few words why there is none."""
         items, seed = self.items[history.domain], self.config.seed
-        nodes = await grow_tree(self.writer, self.config.tree, history, items, (), seed=seed)
+        known = self.names.get(history.domain)
+        nodes = await grow_tree(self.writer, self.config.tree, history, items, (), names=known, seed=seed)
         if isinstance(nodes, Flaw):
             return f"the tree was rejected: {nodes.reason}"
         # Encoding takes a core; the event loop must go on reading what the engine writes.

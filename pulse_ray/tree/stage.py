@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pulse_ray import catalogue, templates
+from pulse_ray.generation import names
 from pulse_ray.generation.engine import Engine
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.generation.pool import generate
@@ -50,6 +51,7 @@ class TreeWorker:
         self.config = stage.config.tree
         self.engine = Engine(stage.config.engine)
         self.items = catalogue.load(stage.input("items"))
+        self.names = names.of_catalogue(self.items, self.config.sampling)
 
     async def __call__(self, part: Part) -> ShardOutput:
         columns = ["example_id", "domain", "user_id", "history"]
@@ -74,7 +76,8 @@ class TreeWorker:
 
     async def _tree(self, history: History, near: Sequence[str]) -> list[Node] | Flaw:
         items, seed = self.items[history.domain], self.stage.config.seed
-        return await grow_tree(self.engine, self.config, history, items, near, seed=seed)
+        known = self.names.get(history.domain)
+        return await grow_tree(self.engine, self.config, history, items, near, names=known, seed=seed)
 
 
 def _row(example_id: str, node: Node, prompt_sha: str) -> dict[str, Any]:
