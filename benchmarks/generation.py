@@ -113,7 +113,7 @@ def _child(system: str, settings: Figures) -> Figures:
 
 
 def _measure(system: str, model: str, users: int) -> Figures:
-    sampling = {"max_tokens": MAX_TOKENS, "attempts": 1, "min_words": 1}
+    sampling = {"max_tokens": MAX_TOKENS, "attempts": 1, "gates": []}
     # The budget of blocks is no matter here: every prompt and its tree fit at once.
     engine = {"model": model, "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 128, "kv_cache_gb": 4.0}
     settings = {"seed": SEED, "engine": engine, "tree": {"breadths": BREADTHS, "sampling": sampling}}

@@ -16,11 +16,12 @@ import json
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -33,6 +34,7 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
+from pulse_ray import templates
 from pulse_ray.errors import ConfigError
 
 OPERATIONAL = "operational"
@@ -44,6 +46,17 @@ Variant = Literal["none", "base", Selector]
 
 BY_BEHAVIOUR: frozenset[Variant] = frozenset({"thought_space", "sbert", "encoder_base"})
 """Selectors that compare a thought with the behaviour's text."""
+Gate = Literal["cut off", "too short", "repeats itself", "copies the prompt", "names an unseen item", "wrong language"]
+GATES: tuple[Gate, ...] = get_args(Gate)
+_CODES = """
+ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext fa fi fo fr
+fuv fy ga gcf gcr gd gl gom grc gu gug guw ha hbo he hi hr ht hu hy id ig is it ja jv ka kab kik kk km kn ko
+ku ky la lb lg lij ln lo lt ltg lv mg mk ml mn mr ms mt my ne nl nn no nso oc om or pa pcm pl ps pt qu ro ru
+rw sa sdh se si sk sl sn so sq sr st sv sw ta te tg th tk tl tr tt ug uk ur uz uzs vec vi vo wa wuu xh yo yue
+zh zu
+"""
+LANGUAGES = tuple(_CODES.split())
+"""ISO 639 codes of the languages that py3langid tells apart."""
 
 
 class Section(BaseModel):
@@ -320,12 +333,38 @@ class SamplingConfig(Section):
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="texts that end a completion")
     adapter: str | None = Field(None, description="the one of engine.adapters that writes; unset: the model alone")
     min_words: Count = Field(5, description="a shorter completion is degenerate")
+    language: str | None = Field("en", description="ISO 639 code of the language to be written in; null: any")
+    gates: tuple[Gate, ...] = Field(GATES, description="what a completion is refused for; an empty one always is")
     attempts: Count = Field(2, description="draws, each with another seed, before a completion is rejected")
+
+    @field_validator("language")
+    @classmethod
+    def _is_known(cls, language: str | None) -> str | None:
+        if language is not None and language not in LANGUAGES:
+            raise ValueError(f"language '{language}' cannot be told; known are {', '.join(LANGUAGES)}")
+        return language
+
+    @field_validator("gates")
+    @classmethod
+    def _distinct(cls, gates: tuple[Gate, ...]) -> tuple[Gate, ...]:
+        if len(set(gates)) < len(gates):
+            raise ValueError(f"gates repeat: {gates}")
+        return gates
+
+
+def _template_of(stage: str) -> AfterValidator:
+    def check(version: str) -> str:
+        if version not in (known := templates.versions(stage)):
+            raise ValueError(f"there is no template '{version}'; known are {', '.join(known)}")
+        return version
+
+    return AfterValidator(check)
 
 
 class RationalesConfig(Section):
     """Phase I: why a user chose the target, written with the target in view, for training examples only."""
 
+    template: Annotated[str, _template_of("rationales")] = Field("v1", description="version of the prompt's wording")
     text: TextConfig = TextConfig()
     sampling: SamplingConfig = SamplingConfig()
     max_reject_fraction: Annotated[Fraction, OPERATIONAL] = 0.1
@@ -348,6 +387,7 @@ class ThoughtSpaceConfig(Section):
 class TreeConfig(Section):
     """The Tree of Thought: base reason, then `breadths[0]` refinements, `breadths[1]` of each of those, …"""
 
+    template: Annotated[str, _template_of("tree")] = Field("v1", description="version of the prompts' wording")
     breadths: Annotated[tuple[Count, ...], Field(min_length=1)] = (3, 3)
     beam_width: Count | None = Field(
         None,
@@ -603,6 +643,11 @@ class Config(Section):
         if self.thought_space.text.history_tokens >= self.thought_space.max_tokens:
             raise ValueError("thought_space.text.history_tokens must be below thought_space.max_tokens")
         return self
+
+    @property
+    def templates(self) -> dict[str, str]:
+        """The version of the prompts that each stage writes with, by the stage's name."""
+        return {"rationales": self.rationales.template, "tree": self.tree.template}
 
     def to_json(self) -> str:
         """The resolved configuration, every default written out."""

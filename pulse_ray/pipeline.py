@@ -8,12 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from pulse_ray import templates
 from pulse_ray.config import Config
 from pulse_ray.data.files import identity
 from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.ranker.prompts import TEMPLATE_SHA as RANKER_SHA
-from pulse_ray.rationales.prompts import TEMPLATE_SHA as RATIONALES_SHA
-from pulse_ray.tree.prompts import TEMPLATE_SHA as TREE_SHA
 from pulse_ray.workspace import Condition, StageRun, StageSpec, Workspace
 
 
@@ -57,7 +56,6 @@ STAGES: dict[str, tuple[StageSpec, str]] = {
                 settings=("seed", "engine", "rationales"),
                 inputs=("items", "examples"),
                 outputs=("rationales",),
-                constants=(RATIONALES_SHA,),
             ),
             "pulse_ray.rationales.stage",
         ),
@@ -79,7 +77,6 @@ STAGES: dict[str, tuple[StageSpec, str]] = {
                 inputs=("items", "examples", "neighbours"),
                 inputs_for=_tree_inputs,
                 outputs=("thoughts",),
-                constants=(TREE_SHA,),
             ),
             "pulse_ray.tree.stage",
         ),
@@ -150,6 +147,7 @@ def plan(config: Config) -> dict[str, StageRun]:
     for name, (spec, _) in STAGES.items():
         inputs = {artefact: made_by[artefact] for artefact in (*spec.inputs, *spec.inputs_for(config))}
         outside = [identity(domain) for domain in config.prepare.domains] if name == "prepare" else []
+        outside += [templates.sha(stage, version) for stage, version in config.templates.items() if name == stage]
         fingerprint = config.fingerprint(spec.settings, [*inputs.values(), *spec.constants, *outside])
         made_by |= dict.fromkeys(spec.outputs, fingerprint)
         runs[name] = StageRun(

@@ -18,6 +18,8 @@ CountTokens = Callable[[str], int]
 """Number of tokens of a text under the tokenizer of the model that will read it."""
 
 _SPECIAL = re.compile(r"<\|([^|<>]{0,40})\|>")
+_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+_BRACKETED = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z!][^<>]*>")
 # A tag that the text ends in: a bare name, or a name with an attribute. "a <b in words" is neither.
@@ -62,16 +64,36 @@ def neutralise(text: str, special_tokens: Iterable[str] = ()) -> str:
     'end< /s >now'
     """
     text = _SPECIAL.sub(r"< \1 >", text)
-    for token in sorted(special_tokens, key=len, reverse=True):
-        if token.strip() and token in text:
-            text = text.replace(token, f"{token[0]} {token[1:-1].strip('|')} {token[-1]}" if len(token) > 2 else " ")
+    tokens = sorted({token.strip() for token in special_tokens} - {""}, key=lambda token: (-len(token), token))
+    # What is left of one token may complete another. It ends: every round widens a gap between two characters, and no
+    # token holds a gap wider than its own.
+    while found := [token for token in tokens if token in text]:
+        for token in found:
+            text = text.replace(token, _broken(token))
     return text
 
 
+def _broken(token: str) -> str:
+    return f"{token[0]} {token[1:-1].strip('|')} {token[-1]}" if len(token) > 2 else " "
+
+
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Texts that a tokenizer reads as control tokens, sorted: its special tokens, named or merely added."""
+    """Texts that a tokenizer reads as one token of control, sorted: its special tokens, and added ones in brackets.
+
+    Tokenizers do not call all of them special: Qwen3's `</think>` is merely added.
+    """
     added = tokenizer.added_tokens_decoder.values()
-    return tuple(sorted({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}))
+    control = (token.content for token in added if token.special or _BRACKETED.fullmatch(token.content))
+    return tuple(sorted({*tokenizer.all_special_tokens, *control}))
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, as they are written, without what stands between them.
+
+    >>> words("A post-run drink: Kids' Ginger (2 x 50).")
+    ['A', 'post-run', 'drink', 'Kids', 'Ginger', '2', 'x', '50']
+    """
+    return _WORD.findall(text)
 
 
 def clip_words(text: str, words: int) -> str:
@@ -110,8 +132,9 @@ def step_text(
     if step.rating is not None:
         line += f" | rated {step.rating:g}/5"
     if step.review and review_words:
-        words = neutralise(clip_words(step.review, review_words), special_tokens).replace('"', "'")
-        line += f' | "{words}"'
+        # Whole lines are ours: a review that breaks one could write the next.
+        words = clip_words(" ".join(step.review.split()), review_words).replace('"', "'")
+        line += f' | "{neutralise(words, special_tokens)}"'
     return f"- {line}"
 
 

@@ -90,7 +90,7 @@ class StageSpec:
     inputs_for: Callable[[Config], tuple[str, ...]] = _none
     """What it also reads under this configuration. Where it does not, a change of it makes nothing stale."""
     constants: tuple[str, ...] = ()
-    """Fingerprints of what shapes the output but is no setting: prompt templates."""
+    """Fingerprints of what shapes the output and is no setting: prompts of which there is one version."""
     rows: str = "examples"
     """What a row of its input is, in the plural, for the progress line."""
     key: str = "example_id"

@@ -26,7 +26,12 @@ class Scribe:
     def fits(self, prompt: str, sampling: SamplingConfig) -> bool:
         return self.count(prompt) < 1000
 
-    async def complete(self, prompt: str, n: int, seed: int, sampling: SamplingConfig) -> list[Completion]:
+    def turn(self) -> int:
+        return 0
+
+    async def complete(
+        self, prompt: str, n: int, seed: int, sampling: SamplingConfig, priority: int = 0
+    ) -> list[Completion]:
         self.prompts.append(prompt)
         return [
             Completion(text=self.answer(prompt, one), mean_logprob=-1.0, num_tokens=9, finish_reason="stop", seed=one)

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 LAYERS = [
-    *("errors", "schema", "seeding", "config", "metrics", "text", "workspace", "catalogue", "progress", "runtime"),
+    *("errors", "schema", "seeding", "templates", "config", "metrics", "text"),
+    *("workspace", "catalogue", "progress", "runtime"),
     *("models", "training", "generation"),
     *("data", "candidates", "rationales", "thought_space", "tree", "selection", "ranker", "evaluation"),
     *("serving", "pipeline", "overview", "doctor"),
@@ -54,7 +55,8 @@ LIBRARIES = {
     "polars": ("data.*",),
     "sklearn": ("evaluation.*",),
     "matplotlib": ("evaluation.*",),
-    "jinja2": ("evaluation.report",),
+    "py3langid": ("generation.language",),
+    "jinja2": ("templates", "generation.chat", "evaluation.report"),
     "fastapi": ("serving.*",),
     "starlette": ("serving.*",),
     "prometheus_client": ("serving.*",),

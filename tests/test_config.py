@@ -33,6 +33,7 @@ OPERATIONAL = (
     "engine.compile",
     "engine.threads",
     "engine.shards_in_flight",
+    "engine.max_shard_attempts",
     "engine.pool",
     "candidates.pool",
     "candidates.max_reject_fraction",
@@ -195,7 +196,7 @@ def _changed(config: Config, path: tuple[str, ...]) -> Config:
 
 def _others(value: Any) -> list[Any]:
     words = ["bf16", "fp32", "float32", "float16", "last", "single_pass", "popularity", "gbce", "oracle", "attention"]
-    words += ["thought_space", "redis://elsewhere:6379", "temporal", "five_core", "rotary"]
+    words += ["thought_space", "redis://elsewhere:6379", "temporal", "five_core", "rotary", "de"]
     if isinstance(value, list) and value and isinstance(value[0], dict):  # domains
         return [[{**value[0], "name": "elsewhere"}]]
     if isinstance(value, list):
@@ -216,8 +217,12 @@ def _others(value: Any) -> list[Any]:
 
 POOLS = [f"{key}.pool" for key in ("engine", "candidates", "select", "evaluate", "score")]
 POOLS += [f"serve.{key}.replicas" for key in ("ingress", "retriever", "ranker", "reasoner")]
-CONFIG = load(QUICKSTART, ["tree.validation_examples=null", *(f"{pool}.max=4" for pool in POOLS)])
+CONFIG = load(
+    QUICKSTART,
+    ["tree.validation_examples=null", "engine.adapters={other: folder}", *(f"{pool}.max=4" for pool in POOLS)],
+)
 ONE_VALUE = {"thought_space.training.workers.count", "thought_space.training.micro_batch_size"}
+ONE_VALUE |= {f"{key}.template" for key in ("rationales", "tree")}
 """Settings that allow no other value."""
 PATHS = [path for path in _settings(json.loads(CONFIG.to_json())) if ".".join(path) not in ONE_VALUE]
 

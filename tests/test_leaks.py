@@ -65,9 +65,13 @@ class Parrot:
     def fits(self, prompt: str, sampling: SamplingConfig) -> bool:
         return True
 
-    async def complete(self, prompt: str, n: int, seed: int, sampling: SamplingConfig) -> list[Completion]:
+    def turn(self) -> int:
+        return 0
+
+    async def complete(
+        self, prompt: str, n: int, seed: int, sampling: SamplingConfig, priority: int = 0
+    ) -> list[Completion]:
         self.prompts.append(prompt)
-        # Scrambled, or the gates would refuse a copy of the instruction.
         words = random.Random(seed).sample(sorted(set(prompt.split())), k=min(60, len(set(prompt.split()))))
         return [
             Completion(text=" ".join(words), mean_logprob=-1.0, num_tokens=60, finish_reason="stop", seed=one)
@@ -108,7 +112,14 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageRun]:
                 "partitions": 2,
             },
             "candidates": {"size": 5, "similar_users": 3},
-            "tree": {"breadths": [3, 1], "beam_width": 2, "neighbour_items": 30, "text": {"history_tokens": 400}},
+            "rationales": {"sampling": {"gates": []}},
+            "tree": {
+                "breadths": [3, 1],
+                "beam_width": 2,
+                "neighbour_items": 30,
+                "text": {"history_tokens": 400},
+                "sampling": {"gates": []},
+            },
             "select": {"selectors": ["thought_space", "log_likelihood", "sbert", "encoder_base", "random"]},
             "ranker": {"reason_tokens": 150, "max_tokens": 600},
         }

@@ -52,7 +52,7 @@ def make_encoder(folder: Path) -> Path:
 def experiment(folder: Path) -> dict[str, Any]:
     """Settings of a run in a small shop with models in `folder`, of which nothing but emptiness is a flaw."""
     text = {"history_tokens": 60, "review_words": 3}
-    sampling = {"max_tokens": 8, "min_words": 1, "attempts": 4}
+    sampling = {"max_tokens": 8, "gates": [], "attempts": 4}
     model = str(make(folder / "llama"))
     once = {"epochs": 1, "evaluations_per_epoch": 1.0}
     return {

@@ -19,7 +19,7 @@ from typing import Any, get_args
 from pulse_ray import models
 from pulse_ray.config import EngineConfig, SamplingConfig
 from pulse_ray.errors import ArtifactError, GenerationError, first_line
-from pulse_ray.generation import reaper
+from pulse_ray.generation import chat, reaper
 from pulse_ray.text import control_tokens
 
 Message = dict[str, str]
@@ -74,7 +74,7 @@ class Engine:
         self.config = config
         self.usage = Usage()
         self._llm: Any = None
-        self._ids = itertools.count()
+        self._ids, self._turns = itertools.count(), itertools.count()
         self._encode = lru_cache(maxsize=ENCODED_TEXTS)(self._tokens)
 
     @cached_property
@@ -110,17 +110,15 @@ class Engine:
         Raises:
             ArtifactError: the model has no chat template.
         """
-        try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
-        except ValueError as error:
-            raise ArtifactError(
-                f"model '{self.config.model}' has no chat template",
-                remedy="Use an instruction-tuned model, e.g. HuggingFaceTB/SmolLM2-135M-Instruct",
-            ) from error
+        return chat.render(self.tokenizer, messages)
 
     def fits(self, prompt: str, sampling: SamplingConfig) -> bool:
         """Whether a prompt leaves room for a whole completion."""
         return self.count(prompt) + sampling.max_tokens <= self.config.max_model_len
+
+    def turn(self) -> int:
+        """A priority for what belongs together: who asks for one later has a higher number, and waits."""
+        return next(self._turns)
 
     async def complete(
         self, prompt: str, n: int, seed: int, sampling: SamplingConfig, priority: int = 0

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pulse_ray.config import SamplingConfig
-from pulse_ray.generation.engine import Completion
+from pulse_ray.generation.engine import Completion, RequestError
+from pulse_ray.generation.language import is_foreign
+from pulse_ray.generation.names import ItemNames
+from pulse_ray.schema import History, Item
+from pulse_ray.text import clip_words, words
 
-MIN_DISTINCT = 0.6
+MIN_DISTINCT = 0.65
 """A text whose share of distinct three-word runs is lower repeats itself."""
 
 MAX_COPIED = 0.5
-"""A text of which a larger share of three-word runs stands in the instruction copies it."""
+"""A text of which a larger share of three-word runs stands in the task or in reviews copies them."""
+
+MAX_KEPT = 0.9
+"""A text of which a larger share of three-word runs stands in the thought that it was to improve left it as it was."""
+
+MIN_COPIED_RUNS = 6
+"""A text of fewer runs than this, which is one of eight words, may fall together with a review."""
 
 _RUN = 3
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)]?(?=\s|$)")
+_Run = tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,32 +39,61 @@ class Flaw:
     detail: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A prompt, and what of it a completion is judged by.
+
+    Args:
+        prompt: what the model reads.
+        task: its end: what a weak model might repeat instead of following.
+        opening: words that the answer begins with; the model goes on from them, and the gates judge what it adds.
+        thought: the one that the completion is to improve; empty where it is the first.
+        reviews: of the history.
+        titles: of items that a completion may name: the history's, and others that the prompt shows.
+        names: what the domain's items are called; None where nobody asks.
+        priority: of what waits, the engine reads the lowest number first.
+    """
+
+    prompt: str
+    task: str
+    opening: str = ""
+    thought: str = ""
+    reviews: tuple[str, ...] = ()
+    titles: tuple[str, ...] = ()
+    names: ItemNames | None = None
+    priority: int = 0
+
+
+def titles(history: History, items: Mapping[str, Item], more: Iterable[str] = ()) -> tuple[str, ...]:
+    """What models see of a history's items, and of `more` items by their ids."""
+    ids = (*(step.item_id for step in history.interactions), *more)
+    return tuple(items[one].text for one in ids if one in items)
+
+
+def reviews(history: History, review_words: int) -> tuple[str, ...]:
+    """As much of a history's reviews as models see."""
+    return tuple(clip_words(step.review, review_words) for step in history.interactions if step.review)
+
+
 class Writer(Protocol):
     """The part of `generation.engine.Engine` that a draw needs."""
 
     def fits(self, prompt: str, sampling: SamplingConfig) -> bool: ...
 
-    async def complete(self, prompt: str, n: int, seed: int, sampling: SamplingConfig) -> list[Completion]: ...
+    async def complete(
+        self, prompt: str, n: int, seed: int, sampling: SamplingConfig, priority: int = 0
+    ) -> list[Completion]: ...
 
 
 async def draw(
-    writer: Writer,
-    prompt: str,
-    instruction: str,
-    sampling: SamplingConfig,
-    seed: Callable[[int], int],
-    opening: str = "",
-    n: int = 1,
+    writer: Writer, request: Request, sampling: SamplingConfig, seed: Callable[[int], int], n: int = 1
 ) -> list[Completion | Flaw]:
     """`n` completions that pass the gates, or for each that does not, why.
 
     Args:
-        prompt: what the model reads.
-        instruction: the part of it that a weak model might repeat instead of following.
         seed: the seed of each attempt, counted from 0; siblings take the seeds that follow it.
-        opening: words that the answer begins with; the model goes on from them, and the gates judge what it adds.
     """
-    prompt += opening
+    prompt = request.prompt + request.opening
     if not writer.fits(prompt, sampling):
         return [Flaw(reason="prompt too long", detail=f"{len(prompt)} characters")] * n
     drawn: list[Completion | Flaw] = [Flaw(reason="empty", detail="")] * n
@@ -62,14 +101,25 @@ async def draw(
         lacking = [place for place, one in enumerate(drawn) if isinstance(one, Flaw)]
         if not lacking:
             break
-        completions = await writer.complete(prompt, len(lacking), seed(attempt), sampling)
+        try:
+            completions = await writer.complete(prompt, len(lacking), seed(attempt), sampling, request.priority)
+        except RequestError as error:
+            for place in lacking:
+                drawn[place] = Flaw(reason="request failed", detail=error.message)
+            continue
         for place, completion in zip(lacking, completions, strict=True):
-            text = tidy(completion.text, cut=completion.finish_reason == "length", min_words=sampling.min_words)
-            reason = fault(text, instruction, sampling.min_words)
-            drawn[place] = (
-                Flaw(reason=reason, detail=text) if reason else replace(completion, text=f"{opening} {text}".strip())
-            )
+            drawn[place] = judge(completion, request, sampling)
     return drawn
+
+
+def judge(completion: Completion, request: Request, sampling: SamplingConfig) -> Completion | Flaw:
+    """A completion with its text made tidy and its opening before it, or why it is refused."""
+    cut = completion.finish_reason == "length"
+    text = tidy(completion.text, cut=cut, min_words=sampling.min_words)
+    reason = fault(text, request, sampling, cut=cut)
+    if reason:
+        return Flaw(reason=reason, detail=text)
+    return replace(completion, text=f"{request.opening} {text}".strip())
 
 
 def tidy(text: str, *, cut: bool, min_words: int) -> str:
@@ -83,34 +133,80 @@ def tidy(text: str, *, cut: bool, min_words: int) -> str:
     text = " ".join(text.split())
     ends = [match.end() for match in _SENTENCE_END.finditer(text)] if cut else []
     whole = text[: ends[-1]] if ends else ""
-    return whole if whole and len(_words(whole)) >= min_words else text
+    return whole if whole and len(words(whole)) >= min_words else text
 
 
-def fault(text: str, instruction: str, min_words: int) -> str | None:
-    """Why a text is degenerate, or None.
+def fault(text: str, request: Request, sampling: SamplingConfig, *, cut: bool) -> str | None:
+    """The first gate of `sampling.gates` that refuses a text, or None. A text without words is always refused.
 
-    >>> fault("They want tea.", "Say what they want.", 5)
-    'too short'
-    >>> fault("they like tea and they like tea and they like tea and", "Say what they want.", 5)
-    'repeats itself'
+    Args:
+        text: tidy, without the opening.
+        cut: the model was cut off in it.
     """
-    words = _words(text)
-    if not words:
+    if not words(text):
         return "empty"
-    if len(words) < min_words:
-        return "too short"
-    runs = _runs(words)
-    if runs and len(set(runs)) < MIN_DISTINCT * len(runs):
-        return "repeats itself"
-    given = set(_runs(_words(instruction)))
-    if runs and sum(run in given for run in runs) > MAX_COPIED * len(runs):
-        return "copies the instruction"
-    return None
+    checks: dict[str, Callable[[], bool]] = {
+        "cut off": lambda: cut and not _is_whole(text),
+        "too short": lambda: len(words(text)) < sampling.min_words,
+        "repeats itself": lambda: repeats_itself(text),
+        "copies the prompt": lambda: copies_prompt(text, request),
+        "names an unseen item": lambda: names_unseen_item(text, request),
+        "wrong language": lambda: is_wrong_language(text, request, sampling.language),
+    }
+    return next((gate for gate, refuses in checks.items() if gate in sampling.gates and refuses()), None)
 
 
-def _words(text: str) -> list[str]:
-    return _WORD.findall(text.casefold())
+def repeats_itself(text: str) -> bool:
+    """Whether a text goes round in circles.
+
+    >>> repeats_itself("they like tea and they like tea and they like tea and")
+    True
+    """
+    runs = _runs(text)
+    return len(set(runs)) < MIN_DISTINCT * len(runs)
 
 
-def _runs(words: list[str]) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + _RUN]) for i in range(len(words) - _RUN + 1)]
+def copies_prompt(text: str, request: Request) -> bool:
+    """Whether a text says over again what stands in its prompt. To name the items that were shown is no copying."""
+    runs = _runs(text)
+    if _share(runs, [request.thought]) > MAX_KEPT:
+        return True
+    named = _all_runs(request.titles)
+    own = [run for run in runs if run not in named]
+    if _share(own, [request.task]) > MAX_COPIED:
+        return True
+    return len(own) >= MIN_COPIED_RUNS and _share(own, request.reviews) > MAX_COPIED
+
+
+def names_unseen_item(text: str, request: Request) -> bool:
+    """Whether a text names an item of the domain that its writer cannot know from the prompt."""
+    return request.names is not None and request.names.unseen(text, (request.prompt, *request.titles)) is not None
+
+
+def is_wrong_language(text: str, request: Request, language: str | None) -> bool:
+    """Whether a text, apart from the items that it names, is surely in another language than the one asked for."""
+    if language is None:
+        return False
+    found, named = words(text), _all_runs(request.titles)
+    inside = {at for place, run in enumerate(_runs(text)) if run in named for at in range(place, place + _RUN)}
+    return is_foreign(" ".join(word for at, word in enumerate(found) if at not in inside), language)
+
+
+def _is_whole(text: str) -> bool:
+    ends = [match.end() for match in _SENTENCE_END.finditer(text)]
+    return bool(ends) and ends[-1] == len(text)
+
+
+def _runs(text: str) -> list[_Run]:
+    found = words(text.casefold())
+    return [tuple(found[i : i + _RUN]) for i in range(len(found) - _RUN + 1)]
+
+
+def _all_runs(texts: Iterable[str]) -> set[_Run]:
+    return {run for text in texts for run in _runs(text)}
+
+
+def _share(runs: list[_Run], texts: Iterable[str]) -> float:
+    """Share of `runs` that stand in `texts`."""
+    given = _all_runs(texts)
+    return sum(run in given for run in runs) / max(1, len(runs))

@@ -6,34 +6,22 @@ but neither its rating nor its review.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
+from functools import partial
 
+from pulse_ray import templates
 from pulse_ray.schema import Example, Item
 from pulse_ray.text import CountTokens, history_text, neutralise
 
-SYSTEM = "You explain what shoppers want."
-
-HISTORY = "A customer bought these products, oldest first:\n{history}\n\n"
-
-CHOICE = "Then the customer chose: {target}\n\n"
-
-INSTRUCTION = (
-    "Why did the customer choose it? Which feature does it share with the products bought before? "
-    "Say in two short sentences what the customer looks for in a product."
-)
-
-OPENING = "The customer looks for"
-"""How every rationale begins: small models keep to the point when the first words are given."""
-
-TEMPLATE_SHA = hashlib.sha256("\0".join((SYSTEM, HISTORY, CHOICE, INSTRUCTION, OPENING)).encode()).hexdigest()[:12]
-"""Names the wording: rationales that were written under another one are stale."""
+STAGE = "rationales"
+"""Whose templates these are."""
 
 
 def rationale_messages(
     example: Example,
     items: Mapping[str, Item],
     *,
+    version: str,
     count: CountTokens,
     max_tokens: int,
     review_words: int,
@@ -43,11 +31,13 @@ def rationale_messages(
 
     Args:
         items: the domain's items by id.
+        version: of the template.
         count: tokens of a text.
         max_tokens: budget of the history.
         review_words: words kept of each review.
         special_tokens: control tokens of the model, which no text of others may contain.
     """
+    fill = partial(templates.fill, STAGE, version)
     lines = history_text(
         example.history,
         items,
@@ -58,5 +48,15 @@ def rationale_messages(
     )
     item = items.get(example.target_item)
     target = neutralise(item.text if item else example.target_item, special_tokens)
-    content = HISTORY.format(history=lines) + CHOICE.format(target=target) + INSTRUCTION
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+    content = fill("history", history=lines) + fill("choice", target=target) + fill("instruction")
+    return [{"role": "system", "content": fill("system")}, {"role": "user", "content": content}]
+
+
+def instruction(version: str) -> str:
+    """What the model is asked to do: the end of the prompt."""
+    return templates.fill(STAGE, version, "instruction")
+
+
+def opening(version: str) -> str:
+    """How every rationale begins."""
+    return templates.fill(STAGE, version, "opening")

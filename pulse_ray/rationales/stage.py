@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from pulse_ray import catalogue
-from pulse_ray.generation import gates
+from pulse_ray import catalogue, templates
+from pulse_ray.generation import gates, names
 from pulse_ray.generation.engine import Completion, Engine
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.generation.pool import generate
@@ -17,9 +17,13 @@ from pulse_ray.seeding import derive
 from pulse_ray.workspace import Part, StageRun
 
 
-def run(stage: StageRun) -> None:
-    """Reads items and training examples; writes rationales."""
-    generate(
+def run(stage: StageRun) -> dict[str, dict[str, float]]:
+    """Reads items and training examples; writes rationales.
+
+    Returns:
+        By output, what the engines did for the parts made in this call (`generation.pool.generate`).
+    """
+    figures = generate(
         stage,
         stage.input("examples").parts("train"),
         RationaleWorker,
@@ -27,6 +31,7 @@ def run(stage: StageRun) -> None:
         title="rationales: Phase I",
         max_reject_fraction=stage.config.rationales.max_reject_fraction,
     )
+    return {"rationales": figures}
 
 
 class RationaleWorker:
@@ -37,10 +42,12 @@ class RationaleWorker:
         self.config = stage.config.rationales
         self.engine = Engine(stage.config.engine)
         self.items = catalogue.load(stage.input("items"))
+        self.names = names.of_catalogue(self.items, self.config.sampling)
 
     async def __call__(self, part: Part) -> ShardOutput:
         given = list(examples(self.stage.input("examples").read(part)))
         written = await asyncio.gather(*map(self._write, given))
+        prompt_sha = templates.sha(prompts.STAGE, self.config.template)
         rows: list[dict[str, Any]] = []
         rejects: list[Reject] = []
         for example, rationale in zip(given, written, strict=True):
@@ -48,7 +55,7 @@ class RationaleWorker:
             if isinstance(rationale, Flaw):
                 rejects.append(Reject(key=key, reason=rationale.reason, detail=rationale.detail))
             else:
-                rows.append(_row(key, self.stage.config.engine.model, rationale))
+                rows.append(_row(key, self.stage.config.engine.model, prompt_sha, rationale))
         return ShardOutput(
             tables={"rationales": table("rationales", rows)},
             examples=len(given),
@@ -58,35 +65,39 @@ class RationaleWorker:
 
     async def _write(self, example: Example) -> Completion | Flaw:
         assert example.split == "train", f"{example.history.example_id} is held out"
+        history, version, text = example.history, self.config.template, self.config.text
+        items = self.items[history.domain]
         messages = prompts.rationale_messages(
             example,
-            self.items[example.history.domain],
+            items,
+            version=version,
             count=self.engine.count,
-            max_tokens=self.config.text.history_tokens,
-            review_words=self.config.text.review_words,
+            max_tokens=text.history_tokens,
+            review_words=text.review_words,
             special_tokens=self.engine.special_tokens,
+        )
+        request = gates.Request(
+            prompt=self.engine.render(messages),
+            task=prompts.instruction(version),
+            opening=prompts.opening(version),
+            reviews=gates.reviews(history, text.review_words),
+            titles=gates.titles(history, items, [example.target_item]),
+            names=self.names.get(history.domain),
         )
 
         def seed(attempt: int) -> int:
-            return derive(self.stage.config.seed, "rationales", example.history.example_id, attempt)
+            return derive(self.stage.config.seed, "rationales", history.example_id, attempt)
 
-        (drawn,) = await gates.draw(
-            self.engine,
-            self.engine.render(messages),
-            prompts.INSTRUCTION,
-            self.config.sampling,
-            seed,
-            prompts.OPENING,
-        )
+        (drawn,) = await gates.draw(self.engine, request, self.config.sampling, seed)
         return drawn
 
 
-def _row(example_id: str, model: str, rationale: Completion) -> dict[str, Any]:
+def _row(example_id: str, model: str, prompt_sha: str, rationale: Completion) -> dict[str, Any]:
     return {
         "example_id": example_id,
         "text": rationale.text,
         "model": model,
-        "prompt_sha": prompts.TEMPLATE_SHA,
+        "prompt_sha": prompt_sha,
         "seed": rationale.seed,
         "finish_reason": rationale.finish_reason,
         "num_tokens": rationale.num_tokens,

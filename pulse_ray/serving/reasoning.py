@@ -6,6 +6,7 @@ from typing import Any
 
 from pulse_ray.catalogue import Catalogue
 from pulse_ray.config import BY_BEHAVIOUR, Config, Variant
+from pulse_ray.generation import names
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.schema import History
 from pulse_ray.selection import selectors
@@ -42,12 +43,14 @@ class Reasoning:
         self.config, self.writer, self.items = config, writer, items
         self.beam, self.comparing = beam, comparing
         self.selector, self.version = selector, version
+        self.names = names.of_catalogue(items, config.tree.sampling)
 
     async def reason(self, history: History) -> Found | str:
         """A reason, or in a few words why there is none."""
         items, seed = self.items[history.domain], self.config.seed
         agree = self.beam.of(history) if self.beam else None
-        nodes = await grow_tree(self.writer, self.config.tree, history, items, (), seed=seed, agree=agree)
+        known = self.names.get(history.domain)
+        nodes = await grow_tree(self.writer, self.config.tree, history, items, (), names=known, seed=seed, agree=agree)
         if isinstance(nodes, Flaw):
             return f"the tree was rejected: {nodes.reason}"
         choice = await self._choose([selectors.Thought(**_fields(node)) for node in nodes], history)

@@ -6,34 +6,14 @@ These functions take a `History`: the target is not there to leak.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 
+from pulse_ray import templates
 from pulse_ray.schema import History, Item
 from pulse_ray.text import CountTokens, history_text, neutralise
 
-SYSTEM = "You explain what shoppers want."
-
-HISTORY = "A customer bought these products, oldest first:\n{history}\n\n"
-
-NEIGHBOURS = "Customers with similar taste also bought:\n{items}\n\n"
-
-BASE = (
-    "Which feature do the products that this customer liked share? "
-    "Say in two short sentences what the customer looks for in a product and will want next."
-)
-
-REFINE = (
-    "Another reader guessed: {thought}\n\n"
-    "Improve this guess. Which feature do the words of the products and reviews show? "
-    "Say in two short sentences what the customer looks for in a product and will want next."
-)
-
-OPENING = "The customer looks for"
-"""How every thought begins: small models keep to the point when the first words are given."""
-
-TEMPLATE_SHA = hashlib.sha256("\0".join((SYSTEM, HISTORY, NEIGHBOURS, BASE, REFINE, OPENING)).encode()).hexdigest()[:12]
-"""Names the wording: a tree that was grown under another one is stale."""
+STAGE = "tree"
+"""Whose templates these are."""
 
 
 def context(
@@ -41,6 +21,7 @@ def context(
     items: Mapping[str, Item],
     neighbour_items: Sequence[str],
     *,
+    version: str,
     count: CountTokens,
     max_tokens: int,
     review_words: int,
@@ -51,6 +32,7 @@ def context(
     Args:
         items: the domain's items by id.
         neighbour_items: items to show; none leaves that section out.
+        version: of the template.
         count: tokens of a text.
         max_tokens: budget of the history.
         review_words: words kept of each review.
@@ -59,10 +41,11 @@ def context(
     lines = history_text(
         history, items, count=count, max_tokens=max_tokens, review_words=review_words, special_tokens=special_tokens
     )
-    text = HISTORY.format(history=lines)
+    text = templates.fill(STAGE, version, "history", history=lines)
     if neighbour_items:
         shown = (items[one].text if one in items else one for one in neighbour_items)
-        text += NEIGHBOURS.format(items="\n".join(f"- {neutralise(line, special_tokens)}" for line in shown))
+        listed = "\n".join(f"- {neutralise(line, special_tokens)}" for line in shown)
+        text += templates.fill(STAGE, version, "neighbours", items=listed)
     return text
 
 
@@ -72,15 +55,22 @@ def unseen(history: History, items: Sequence[str], limit: int) -> list[str]:
     return [item for item in items if item not in seen][:limit]
 
 
-def base_messages(context: str) -> list[dict[str, str]]:
-    """The conversation that asks for the base reason."""
-    return _messages(context + BASE)
+def base_task(version: str) -> str:
+    """What asks for the base reason: the end of its prompt."""
+    return templates.fill(STAGE, version, "base")
 
 
-def refine_messages(context: str, thought: str, special_tokens: Iterable[str] = ()) -> list[dict[str, str]]:
-    """The conversation that asks for a refinement of a thought."""
-    return _messages(context + REFINE.format(thought=neutralise(thought, special_tokens)))
+def refine_task(version: str, thought: str, special_tokens: Iterable[str] = ()) -> str:
+    """What asks for a refinement of a thought: the end of its prompt."""
+    return templates.fill(STAGE, version, "refine", thought=neutralise(thought, special_tokens))
 
 
-def _messages(content: str) -> list[dict[str, str]]:
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+def messages(version: str, context: str, task: str) -> list[dict[str, str]]:
+    """The conversation that sets a task in a context."""
+    system = templates.fill(STAGE, version, "system")
+    return [{"role": "system", "content": system}, {"role": "user", "content": context + task}]
+
+
+def opening(version: str) -> str:
+    """How every thought begins."""
+    return templates.fill(STAGE, version, "opening")

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pulse_ray import catalogue
+from pulse_ray import catalogue, templates
 from pulse_ray.catalogue import Catalogue
+from pulse_ray.generation import names
 from pulse_ray.generation.engine import Engine
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.generation.pool import generate
@@ -23,9 +24,13 @@ from pulse_ray.tree.search import Node
 from pulse_ray.workspace import Part, StageRun
 
 
-def run(stage: StageRun) -> None:
-    """Reads items, histories and neighbours, for a beam also encoders; writes thoughts."""
-    generate(
+def run(stage: StageRun) -> dict[str, dict[str, float]]:
+    """Reads items, histories and neighbours, for a beam also encoders; writes thoughts.
+
+    Returns:
+        By output, what the engines did for the parts made in this call (`generation.pool.generate`).
+    """
+    figures = generate(
         stage,
         _parts(stage),
         TreeWorker,
@@ -33,6 +38,7 @@ def run(stage: StageRun) -> None:
         title="tree: thoughts",
         max_reject_fraction=stage.config.tree.max_reject_fraction,
     )
+    return {"thoughts": figures}
 
 
 def _parts(stage: StageRun) -> list[Part]:
@@ -56,6 +62,7 @@ class TreeWorker:
         self.engine = Engine(stage.config.engine)
         self.items = catalogue.load(stage.input("items"))
         self.agreement = _agreement(stage, self.items) if self.config.beam_width is not None else None
+        self.names = names.of_catalogue(self.items, self.config.sampling)
 
     async def __call__(self, part: Part) -> ShardOutput:
         columns = ["example_id", "domain", "user_id", "history"]
@@ -63,13 +70,14 @@ class TreeWorker:
         near = self.stage.input("neighbours").read(part, ["example_id", "items"]).to_pylist()
         items_near = {row["example_id"]: row["items"] for row in near}
         trees = await asyncio.gather(*(self._tree(one, items_near.get(one.example_id, [])) for one in given))
+        prompt_sha = templates.sha(prompts.STAGE, self.config.template)
         rows: list[dict[str, Any]] = []
         rejects: list[Reject] = []
         for history, tree in zip(given, trees, strict=True):
             if isinstance(tree, Flaw):
                 rejects.append(Reject(key=history.example_id, reason=tree.reason, detail=tree.detail))
             else:
-                rows.extend(_row(history.example_id, node) for node in tree)
+                rows.extend(_row(history.example_id, node, prompt_sha) for node in tree)
         return ShardOutput(
             tables={"thoughts": table("thoughts", rows)},
             examples=len(given),
@@ -79,8 +87,9 @@ class TreeWorker:
 
     async def _tree(self, history: History, near: Sequence[str]) -> list[Node] | Flaw:
         items, seed = self.items[history.domain], self.stage.config.seed
+        known = self.names.get(history.domain)
         agree = self.agreement.of(history) if self.agreement else None
-        return await grow_tree(self.engine, self.config, history, items, near, seed=seed, agree=agree)
+        return await grow_tree(self.engine, self.config, history, items, near, names=known, seed=seed, agree=agree)
 
 
 def _agreement(stage: StageRun, items: Catalogue) -> Agreement:
@@ -90,7 +99,7 @@ def _agreement(stage: StageRun, items: Catalogue) -> Agreement:
     return Agreement(encoders, items, stage.config.thought_space.text)
 
 
-def _row(example_id: str, node: Node) -> dict[str, Any]:
+def _row(example_id: str, node: Node, prompt_sha: str) -> dict[str, Any]:
     return {
         "example_id": example_id,
         "node_id": node.node_id,
@@ -102,5 +111,5 @@ def _row(example_id: str, node: Node) -> dict[str, Any]:
         "num_tokens": node.thought.num_tokens,
         "seed": node.thought.seed,
         "finish_reason": node.thought.finish_reason,
-        "prompt_sha": prompts.TEMPLATE_SHA,
+        "prompt_sha": prompt_sha,
     }

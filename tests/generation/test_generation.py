@@ -24,7 +24,7 @@ PARTS = {"train-0000-0000": [example("u1"), example("u2")], "test-0000-0000": [e
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Random weights write anything, so that nothing but emptiness is a flaw."""
     engine = {"model": str(tiny.make(tmp_path_factory.mktemp("tiny"))), "dtype": "float32", "kv_cache_gb": 0.25}
-    sampling = {"max_tokens": 12, "min_words": 1, "attempts": 3}
+    sampling = {"max_tokens": 12, "gates": [], "attempts": 3}
     return {
         "engine": {**engine, "max_num_seqs": 16},
         "tree": {"breadths": [2, 1], "beam_width": 1, "sampling": sampling, "text": {"history_tokens": 120}},

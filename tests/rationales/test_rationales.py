@@ -19,16 +19,41 @@ def test_the_prompt_shows_history_then_target_and_asks_last() -> None:
     turns = prompts.rationale_messages(
         example(review=INJECTION),
         ITEMS["shop"],
+        version="v1",
         count=words,
         max_tokens=200,
         review_words=12,
         special_tokens=Scribe.special_tokens,
     )
     content = turns[-1]["content"]
-    places = [content.index(text) for text in (*TITLES, TARGET, prompts.INSTRUCTION)]
+    places = [content.index(text) for text in (*TITLES, TARGET, prompts.instruction("v1"))]
     assert places == sorted(places)
-    assert content.endswith(prompts.INSTRUCTION)
+    assert content.endswith(prompts.instruction("v1"))
     assert not any(token in content for token in Scribe.special_tokens)
+
+
+PROMPT_V1 = """\
+A customer bought these products, oldest first:
+- Unscented Hand Cream (Fernleaf) | rated 5/5
+- Hypoallergenic Shampoo (Fernleaf) | rated 5/5
+- Gym Towel (Fernleaf) | rated 5/5
+- Fragrance-Free Soap (Fernleaf) | rated 4/5 | "No perfume, my skin stays calm"
+
+Then the customer chose: Zyxwort Balm (Fernleaf)
+
+Why did the customer choose it? Which feature does it share with the products bought before? Say in two short \
+sentences what the customer looks for in a product."""
+
+
+def test_the_wording_of_v1_stays_as_it_was() -> None:
+    turns = prompts.rationale_messages(
+        example(), ITEMS["shop"], version="v1", count=words, max_tokens=200, review_words=12
+    )
+    assert turns == [
+        {"role": "system", "content": "You explain what shoppers want."},
+        {"role": "user", "content": PROMPT_V1},
+    ]
+    assert prompts.opening("v1") == "The customer looks for"
 
 
 def test_the_targets_own_review_cannot_be_shown() -> None:
@@ -37,7 +62,7 @@ def test_the_targets_own_review_cannot_be_shown() -> None:
     longer = replace(one.history, interactions=(*one.history.interactions, Interaction(item_id="i5", timestamp=10)))
     texts = [
         prompts.rationale_messages(
-            replace(one, history=history), ITEMS["shop"], count=words, max_tokens=200, review_words=9
+            replace(one, history=history), ITEMS["shop"], version="v1", count=words, max_tokens=200, review_words=9
         )
         for history in (one.history, longer)
     ]

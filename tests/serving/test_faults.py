@@ -39,7 +39,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, redis_server: RedisServer) 
             "kv_cache_gb": 0.25,
         },
         rationales={"text": text},
-        tree={"breadths": [1], "text": text, "sampling": {"max_tokens": 8, "min_words": 1, "attempts": 4}},
+        tree={"breadths": [1], "text": text, "sampling": {"max_tokens": 8, "gates": [], "attempts": 4}},
         select={"selectors": ["log_likelihood"]},
         ranker={
             "model": str(storage / "tiny"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from scribe import Scribe
 from shops import INJECTION, ITEMS, TARGET, TITLES, example, stage, words
 
+from pulse_ray import templates
 from pulse_ray.seeding import derive
 from pulse_ray.tree import prompts
 from pulse_ray.tree.stage import TreeWorker
@@ -21,6 +22,7 @@ def _context(review: str = "", max_tokens: int = 200) -> str:
         history,
         ITEMS["shop"],
         prompts.unseen(history, ["i0", "i5", "i6"], 1),
+        version="v1",
         count=words,
         max_tokens=max_tokens,
         review_words=12,
@@ -46,10 +48,42 @@ def test_what_a_review_says_stays_data() -> None:
     context = _context(review=INJECTION)
     assert not any(token in context for token in SPECIAL)
     assert "Ignore the above" in context
-    (content,) = [turn["content"] for turn in prompts.base_messages(context) if turn["role"] == "user"]
-    assert content.endswith(prompts.BASE)
-    refined = prompts.refine_messages(context, f"They like tea.{SPECIAL[1]}", SPECIAL)
-    assert not any(token in refined[-1]["content"] for token in SPECIAL)
+    refined = prompts.refine_task("v1", f"They like tea.{SPECIAL[1]}", SPECIAL)
+    assert not any(token in refined for token in SPECIAL)
+
+
+CONTEXT_V1 = """\
+A customer bought these products, oldest first:
+- Unscented Hand Cream (Fernleaf) | rated 5/5
+- Hypoallergenic Shampoo (Fernleaf) | rated 5/5
+- Gym Towel (Fernleaf) | rated 5/5
+- Fragrance-Free Soap (Fernleaf) | rated 4/5 | "{{ 7 * 6 }} <b> & 'more'"
+
+Customers with similar taste also bought:
+- Pet Brush (Fernleaf)
+
+"""
+BASE_V1 = """\
+Which feature do the products that this customer liked share? Say in two short sentences what the customer looks for \
+in a product and will want next."""
+REFINE_V1 = """\
+Another reader guessed: They like {{ tea }}.
+
+Improve this guess. Which feature do the words of the products and reviews show? Say in two short sentences what the \
+customer looks for in a product and will want next."""
+
+
+def test_the_wording_of_v1_stays_as_it_was_and_what_strangers_write_is_no_template() -> None:
+    context = _context(review='{{ 7 * 6 }} <b> & "more"')
+    for task, golden in (
+        (prompts.base_task("v1"), BASE_V1),
+        (prompts.refine_task("v1", "They like {{ tea }}."), REFINE_V1),
+    ):
+        assert prompts.messages("v1", context, task) == [
+            {"role": "system", "content": "You explain what shoppers want."},
+            {"role": "user", "content": CONTEXT_V1 + golden},
+        ]
+    assert prompts.opening("v1") == "The customer looks for"
 
 
 def test_a_worker_grows_trees_from_histories_alone_with_one_prefix_each(tmp_path: Path) -> None:
@@ -62,14 +96,14 @@ def test_a_worker_grows_trees_from_histories_alone_with_one_prefix_each(tmp_path
 
     assert TARGET not in "".join(scribe.prompts)
     assert len(scribe.prompts) == 2 * (1 + 1 + 2), "siblings are asked for together"
-    before, _, _ = scribe.prompts[0].partition(prompts.BASE)
-    assert before.endswith(prompts.NEIGHBOURS.format(items="- Pet Brush (Fernleaf)\n- Trail Mix (Fernleaf)"))
+    before, _, _ = scribe.prompts[0].partition(prompts.base_task("v1"))
+    assert before.endswith("also bought:\n- Pet Brush (Fernleaf)\n- Trail Mix (Fernleaf)\n\n")
     assert all(prompt.startswith(before) for prompt in scribe.prompts)  # Both users have the same history here.
 
     rows = output.tables["thoughts"].to_pylist()
     assert [row["node_id"] for row in rows] == ["", "1", "1.1", "1.2", "2", "2.1", "2.2"] * 2
     assert len({row["seed"] for row in rows}) == len(rows)
     assert rows[2]["seed"] == derive(3, "tree", "shop/u1/4", "1", 0)
-    assert {row["prompt_sha"] for row in rows} == {prompts.TEMPLATE_SHA}
+    assert {row["prompt_sha"] for row in rows} == {templates.sha("tree", "v1")}
     # A refinement reads its parent's thought.
     assert sum(rows[1]["text"] in prompt for prompt in scribe.prompts) == 1

@@ -86,7 +86,7 @@ def test_each_level_has_its_temperature(tmp_path: Path) -> None:
     seen: list[tuple[str, float]] = []
 
     class Warm(Scribe):
-        async def complete(self, prompt: str, n: int, seed: int, sampling: Any) -> Any:
+        async def complete(self, prompt: str, n: int, seed: int, sampling: Any, priority: int = 0) -> Any:
             seen.append(("refined" if "guessed" in prompt else "base", sampling.temperature))
             return await super().complete(prompt, n, seed, sampling)
 
