@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test chaos check bench clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -31,6 +31,9 @@ demo: setup ## run the whole pipeline on the synthetic shop and print its metric
 
 test: setup ## run the tests (ARGS="-k config" passes arguments to pytest)
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: setup ## kill drivers, engines and nodes at random while trees grow: a quarter of an hour
+	$(BIN)/python -m pytest -m chaos tests/generation/test_chaos.py $(ARGS)
 
 check: setup ## check format, lint and types
 	$(BIN)/ruff format --check .

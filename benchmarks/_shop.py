@@ -17,6 +17,7 @@ from pulse_ray.schema import Interaction, table
 from pulse_ray.serving.filling import opened
 from pulse_ray.serving.store import Profile, StoredReason
 from pulse_ray.workspace import StageRun, StageSpec, Workspace
+from tests.histories import item_rows
 
 SOURCE = SyntheticSource(kind="synthetic", users=64, items=320, min_purchases=12, max_purchases=16)
 DOMAIN = "shop"
@@ -29,7 +30,7 @@ REASON = (
 def make(config: Config, seed: int) -> None:
     """Writes what serving reads of a run: items, SASRec, the ranker's adapter and the profile store."""
     shop = Shop(SOURCE, seed)
-    _finish(config, "prepare", {"items": _items(shop)})
+    _finish(config, "prepare", {"items": item_rows(shop)})
     _finish(config, "candidates", {"sasrec": []})
     _finish(config, "ranker", {"ranker": []})
     workspace = Workspace(config.storage, config.name)
@@ -70,15 +71,6 @@ def _finish(config: Config, name: str, outputs: dict[str, list[dict[str, Any]]])
         if rows:
             stage.output(output).write("part-0000", table(output, rows))
     stage.complete(0.0)
-
-
-def _items(shop: Shop) -> list[dict[str, Any]]:
-    rows = []
-    for raw in shop.items().to_pylist():
-        text = f"{raw['title']} ({raw['brand']}), {' › '.join(raw['categories'])}"
-        kept = {name: raw[name] for name in ("item_id", "title", "description", "brand", "categories")}
-        rows.append({**kept, "domain": DOMAIN, "text": text, "popularity": 1})
-    return rows
 
 
 def _profiles(shop: Shop) -> list[Profile]:

@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -31,6 +32,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import to_jsonable_python
 
 from pulse_ray import templates
 from pulse_ray.errors import ConfigError
@@ -39,8 +41,11 @@ OPERATIONAL = "operational"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
-Variant = Literal["none", "base", "log_likelihood", "thought_space"]
-Selector = Literal["log_likelihood", "thought_space"]
+Selector = Literal["thought_space", "sbert", "encoder_base", "log_likelihood", "random"]
+Variant = Literal["none", "base", Selector]
+
+BY_BEHAVIOUR: frozenset[Variant] = frozenset({"thought_space", "sbert", "encoder_base"})
+"""Selectors that compare a thought with the behaviour's text."""
 Gate = Literal["cut off", "too short", "repeats itself", "copies the prompt", "names an unseen item", "wrong language"]
 GATES: tuple[Gate, ...] = get_args(Gate)
 _CODES = """
@@ -298,12 +303,17 @@ class EngineConfig(Section):
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     max_model_len: Count = 1024
     max_num_seqs: Annotated[Count, OPERATIONAL] = 128
+    quantization: str | None = Field(None, description="vLLM's name of a method, e.g. fp8; unset: as the model says")
+    adapters: dict[str, str] = Field({}, description="LoRA adapters by name: folders or hub names")
     tensor_parallel: Annotated[Count, OPERATIONAL] = 1
     kv_cache_gb: Annotated[Annotated[float, Field(gt=0)], OPERATIONAL] = Field(1.0, description="CPU only")
     gpu_memory_utilization: Annotated[Annotated[float, Field(gt=0, lt=1)], OPERATIONAL] = 0.85
     compile: Annotated[bool, OPERATIONAL] = Field(False, description="compile and capture graphs: slow start, fast run")
     threads: Annotated[Count | None, OPERATIONAL] = Field(None, description="CPU threads; unset takes every core")
     shards_in_flight: Annotated[Count, OPERATIONAL] = Field(2, description="parts that one engine works on at once")
+    max_shard_attempts: Annotated[Count, OPERATIONAL] = Field(
+        4, description="a part that was being written when its engine died so many times is rejected"
+    )
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
 
 
@@ -320,6 +330,8 @@ class SamplingConfig(Section):
     max_tokens: Count = 64
     temperature: Annotated[float, Field(ge=0)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="texts that end a completion")
+    adapter: str | None = Field(None, description="the one of engine.adapters that writes; unset: the model alone")
     min_words: Count = Field(5, description="a shorter completion is degenerate")
     language: str | None = Field("en", description="ISO 639 code of the language to be written in; null: any")
     gates: tuple[Gate, ...] = Field(GATES, description="what a completion is refused for; an empty one always is")
@@ -377,6 +389,13 @@ class TreeConfig(Section):
 
     template: Annotated[str, _template_of("tree")] = Field("v1", description="version of the prompts' wording")
     breadths: Annotated[tuple[Count, ...], Field(min_length=1)] = (3, 3)
+    beam_width: Count | None = Field(
+        None,
+        description="refine only so many nodes of a level, those that agree best in the Thought Space; unset: all",
+    )
+    temperatures: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        None, description="of the base reason and of each level of breadths; unset: sampling.temperature for all"
+    )
     neighbour_items: Annotated[int, Field(ge=0)] = Field(
         5, description="items of similar users shown to the base reason"
     )
@@ -387,15 +406,39 @@ class TreeConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     max_reject_fraction: Annotated[Fraction, OPERATIONAL] = 0.1
 
+    @model_validator(mode="after")
+    def _one_for_each_level(self) -> TreeConfig:
+        levels = 1 + len(self.breadths)
+        if self.temperatures is not None and len(self.temperatures) != levels:
+            raise ValueError(
+                f"temperatures has {len(self.temperatures)} entries for {levels} levels: the base reason and breadths"
+            )
+        return self
+
 
 class SelectConfig(Section):
     """Which leaf becomes the reason. One row per example and selector."""
 
-    selectors: Annotated[tuple[Selector, ...], Field(min_length=1)] = ("thought_space", "log_likelihood")
+    selectors: Annotated[tuple[Selector, ...], Field(min_length=1)] = Field(
+        ("thought_space", "log_likelihood"),
+        description="`thought_space`, `sbert`, `encoder_base`: nearest to the behaviour under the trained encoders, "
+        "select.sbert_model or the untrained thought_space.model; `log_likelihood`: likeliest under the language "
+        "model; `random`: drawn by the example's seed",
+    )
+    sbert_model: str = Field(
+        "sentence-transformers/all-MiniLM-L6-v2", description="sentence encoder of the selector `sbert`, used as it is"
+    )
     protocol: Literal["deployable", "oracle"] = Field(
         "deployable", description="`oracle` scores leaves against the target too (Eq. 2 as printed): it sees the label"
     )
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
+
+    @field_validator("selectors")
+    @classmethod
+    def _distinct(cls, selectors: tuple[Selector, ...]) -> tuple[Selector, ...]:
+        if len(set(selectors)) < len(selectors):
+            raise ValueError(f"selectors repeat: {selectors}")
+        return selectors
 
 
 class LoraConfig(Section):
@@ -577,6 +620,8 @@ class Config(Section):
                     f"{name}.text.history_tokens + 3 × {name}.sampling.max_tokens = {used} leaves no room in "
                     f"engine.max_model_len ({self.engine.max_model_len})"
                 )
+            if section.sampling.adapter not in (None, *self.engine.adapters):
+                raise ValueError(f"{name}.sampling.adapter is '{section.sampling.adapter}', not one of engine.adapters")
         if self.ranker.text.history_tokens + self.ranker.reason_tokens >= self.ranker.max_tokens:
             raise ValueError(
                 "ranker.text.history_tokens + ranker.reason_tokens leaves no room for the instruction in "
@@ -608,14 +653,22 @@ class Config(Section):
         """The resolved configuration, every default written out."""
         return self.model_dump_json(indent=2)
 
+    def resolved(self, keys: Iterable[str]) -> dict[str, Any]:
+        """Settings by dotted key, every default written out, as JSON holds them."""
+        return {key: to_jsonable_python(attrgetter(key)(self)) for key in keys}
+
+    def model_of(self, selector: Variant) -> str | None:
+        """Name of the encoder that a selector takes as it is; None where it takes none, or what the run has trained."""
+        return {"sbert": self.select.sbert_model, "encoder_base": self.thought_space.model}.get(selector)
+
     def fingerprint(self, keys: Iterable[str], inputs: Iterable[str] = ()) -> str:
         """16 hex digits that name what a stage computes.
 
         Args:
-            keys: the top-level settings that the stage reads, e.g. `("seed", "engine", "tree")`.
+            keys: the settings that the stage reads, e.g. `("seed", "engine", "thought_space.text")`.
             inputs: the fingerprints of the artefacts that it reads.
         """
-        settings = {key: _identity(getattr(self, key)) for key in sorted(keys)}
+        settings = {key: _identity(attrgetter(key)(self)) for key in sorted(keys)}
         text = json.dumps([settings, list(inputs)], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

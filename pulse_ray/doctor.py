@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,11 +80,15 @@ def examine(config: Config | None = None) -> Iterator[Finding]:
 
 def models_of(config: Config, stages: Iterable[str]) -> list[str]:
     """Names of the models that `stages` load, sorted."""
-    sections = {key: getattr(config, key) for stage in stages for key in STAGES[stage][0].settings}
+    stages = set(stages)
+    sections = {key: attrgetter(key)(config) for stage in stages for key in STAGES[stage][0].settings}
     if "evaluate" in stages:
         sections["ranker"] = config.ranker  # Its settings came in with the adapter; its base model is loaded anew.
     kinds = (EngineConfig, ThoughtSpaceConfig, RankerConfig)
-    return sorted({section.model for section in sections.values() if isinstance(section, kinds)})
+    found = {section.model for section in sections.values() if isinstance(section, kinds)}
+    if "select" in stages:
+        found |= {model for selector in config.select.selectors if (model := config.model_of(selector))}
+    return sorted(found)
 
 
 def check_models(config: Config, stages: Iterable[str]) -> None:

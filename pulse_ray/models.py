@@ -88,18 +88,21 @@ def packaged() -> list[str]:
     return list(_PACKAGES)
 
 
-def resolve(name: str) -> Path:
+def resolve(name: str, holds: str = "config.json") -> Path:
     """The folder of a model: `name` where it is one, else packaged weights, else the hub's snapshot; fetched if needed.
+
+    Args:
+        holds: the file that a local folder must have: a model's; `adapter_config.json` for a LoRA adapter.
 
     Raises:
         ArtifactError: there is no such model, or it cannot be fetched from here.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not (folder / holds).is_file():
             raise ArtifactError(
-                f"folder '{name}' holds no model: it has no config.json",
-                remedy="Name a folder in the layout of transformers' save_pretrained",
+                f"folder '{name}' holds no model: it has no {holds}",
+                remedy="Name a folder in the layout of save_pretrained",
             )
         return folder.absolute()
     if name in _PACKAGES:

@@ -150,8 +150,8 @@ def _why(run: StageRun, condition: Condition) -> str:
     manifest = next((m for name in run.spec.outputs if (m := run.output(name).manifest())), None)
     if manifest is None:
         return "was interrupted under other settings"
-    new = json.loads(run.config.to_json())
-    keys = [key for key in _differences(manifest.settings, {k: new[k] for k in run.spec.settings}) if _shapes(key)]
+    new = run.config.resolved(run.spec.settings)
+    keys = [key for key in _differences(manifest.settings, new) if _shapes(key)]
     if keys:
         return f"changed: {', '.join(keys[:3])}" + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
     inputs = [name for name, mark in run.input_fingerprints.items() if manifest.inputs.get(name) != mark]
@@ -160,7 +160,7 @@ def _why(run: StageRun, condition: Condition) -> str:
 
 def _lacking(run: StageRun) -> list[str]:
     """Inputs that are not there as the stage needs them."""
-    manifests = {name: run.input(name).manifest() for name in run.spec.inputs}
+    manifests = {name: run.input(name).manifest() for name in run.inputs}
     return [name for name, m in manifests.items() if m is None or m.fingerprint != run.input_fingerprints[name]]
 
 

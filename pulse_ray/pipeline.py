@@ -15,6 +15,16 @@ from pulse_ray.errors import ArtifactError, ConfigError
 from pulse_ray.ranker.prompts import TEMPLATE_SHA as RANKER_SHA
 from pulse_ray.workspace import Condition, StageRun, StageSpec, Workspace
 
+
+def _tree_inputs(config: Config) -> tuple[str, ...]:
+    """A beam compares thoughts in the Thought Space."""
+    return ("encoders",) if config.tree.beam_width is not None else ()
+
+
+def _select_inputs(config: Config) -> tuple[str, ...]:
+    return ("encoders",) if "thought_space" in config.select.selectors else ()
+
+
 STAGES: dict[str, tuple[StageSpec, str]] = {
     spec.name: (spec, module)
     for spec, module in (
@@ -65,6 +75,7 @@ STAGES: dict[str, tuple[StageSpec, str]] = {
                 summary="grow a tree of thoughts for every history",
                 settings=("seed", "engine", "tree"),
                 inputs=("items", "examples", "neighbours"),
+                inputs_for=_tree_inputs,
                 outputs=("thoughts",),
             ),
             "pulse_ray.tree.stage",
@@ -73,8 +84,10 @@ STAGES: dict[str, tuple[StageSpec, str]] = {
             StageSpec(
                 name="select",
                 summary="choose the best leaf of every tree",
-                settings=("seed", "select"),
-                inputs=("items", "examples", "encoders", "thoughts"),
+                # What selectors without trained encoders read of the Thought Space's settings.
+                settings=("seed", "select", "thought_space.model", "thought_space.max_tokens", "thought_space.text"),
+                inputs=("items", "examples", "thoughts"),
+                inputs_for=_select_inputs,
                 outputs=("reasons",),
             ),
             "pulse_ray.selection.stage",
@@ -132,7 +145,7 @@ def plan(config: Config) -> dict[str, StageRun]:
     made_by: dict[str, str] = {}
     runs: dict[str, StageRun] = {}
     for name, (spec, _) in STAGES.items():
-        inputs = {artefact: made_by[artefact] for artefact in spec.inputs}
+        inputs = {artefact: made_by[artefact] for artefact in (*spec.inputs, *spec.inputs_for(config))}
         outside = [identity(domain) for domain in config.prepare.domains] if name == "prepare" else []
         outside += [templates.sha(stage, version) for stage, version in config.templates.items() if name == stage]
         fingerprint = config.fingerprint(spec.settings, [*inputs.values(), *spec.constants, *outside])

@@ -193,6 +193,15 @@ class PartWorker(Protocol):
     def __call__(self, part: Part, /) -> Any: ...
 
 
+Follow = Callable[[Mapping[str, float], float], Mapping[str, str]]
+"""What the progress line shows beside parts, of the workers' figures added up and the seconds so far. It may raise."""
+
+
+def rates(totals: Mapping[str, float], seconds: float) -> dict[str, str]:
+    """Every figure by the second."""
+    return {f"{name}/s": f"{value / seconds:,.1f}" for name, value in totals.items()}
+
+
 def run_shards(
     stage: StageRun,
     parts: Sequence[Part],
@@ -202,6 +211,7 @@ def run_shards(
     outputs: Sequence[str] | None = None,
     in_flight: int = 1,
     title: str,
+    follow: Follow = rates,
 ) -> dict[str, float]:
     """Makes the parts that the stage's outputs lack.
 
@@ -212,12 +222,13 @@ def run_shards(
         outputs: what the worker makes; unset means every output. A stage that also writes folders names its tables.
         in_flight: parts that one actor works on at once (for workers whose call is async).
         title: what the progress line says.
+        follow: is called after each part.
 
     Returns:
         The workers' figures added up, over the parts made in this call.
 
     Raises:
-        PulseError: as raised by a worker.
+        PulseError: as raised by a worker, or by `follow`.
     """
     outputs = stage.spec.outputs if outputs is None else tuple(outputs)
     todo = stage.todo(parts, outputs)
@@ -234,8 +245,7 @@ def run_shards(
                 if row["error"] is not None:
                     raise from_values(row["error"])
                 totals.update(dict(zip(row["names"], row["values"], strict=True)))
-                elapsed = time.monotonic() - started
-                bar.advance(1, {f"{name}/s": f"{value / elapsed:,.1f}" for name, value in totals.items()})
+                bar.advance(1, follow(totals, time.monotonic() - started))
     return dict(totals)
 
 

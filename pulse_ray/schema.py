@@ -124,8 +124,15 @@ TABLES: dict[str, pa.Schema] = {
             _EXAMPLE_ID,
             _column("node_id", pa.string(), 'place in the tree: "" is the base reason, "1" its first child, "1.2" …'),
             _column("depth", pa.int32(), "0 for the base reason"),
+            _column("leaf", pa.bool_(), "whether it may become the reason: of full depth, or no refinement was kept"),
             _column("text", pa.string(), "the thought"),
             _column("mean_logprob", pa.float32(), "mean log-probability of its tokens under the language model"),
+            _column(
+                "agreement",
+                pa.float32(),
+                "cosine with the history in the Thought Space, which a beam chose by; null where it compared nothing",
+                nullable=True,
+            ),
             _column("num_tokens", pa.int32(), "tokens generated"),
             _column("seed", pa.int64(), "sampling seed of this completion"),
             _column("finish_reason", pa.string(), "stop or length"),
@@ -135,10 +142,10 @@ TABLES: dict[str, pa.Schema] = {
     "reasons": pa.schema(
         [
             _EXAMPLE_ID,
-            _column("selector", pa.string(), "base, log_likelihood or thought_space"),
+            _column("selector", pa.string(), "base, or one of select.selectors"),
             _column("node_id", pa.string(), "the chosen node of the tree"),
             _column("text", pa.string(), "the chosen reason"),
-            _column("agreement", pa.float32(), "the selector's score of the chosen node", nullable=True),
+            _column("agreement", pa.float32(), "the selector's score; null where it compared nothing", nullable=True),
         ]
     ),
     "scores": pa.schema(

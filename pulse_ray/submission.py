@@ -99,6 +99,8 @@ def _model_folders(config: Config) -> list[tuple[str, str]]:
         "thought_space.model": config.thought_space.model,
         "ranker.model": config.ranker.model,
     }
+    if "sbert" in config.select.selectors:
+        models["select.sbert_model"] = config.select.sbert_model
     # What is no folder here is a name on the model hub.
     return [(name, model) for name, model in models.items() if Path(model).expanduser().is_dir()]
 

@@ -15,7 +15,7 @@ import json
 import posixpath
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -72,15 +72,23 @@ class Manifest(BaseModel):
     """UTC, ISO 8601."""
 
 
+def _none(config: Config) -> tuple[str, ...]:
+    return ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """A stage's name, the settings that it reads and the artefacts that it reads and writes."""
 
     name: str
     settings: tuple[str, ...]
+    """Dotted keys: sections, or single settings of another stage's section."""
     inputs: tuple[str, ...]
+    """What it reads under any configuration."""
     outputs: tuple[str, ...]
     summary: str
+    inputs_for: Callable[[Config], tuple[str, ...]] = _none
+    """What it also reads under this configuration. Where it does not, a change of it makes nothing stale."""
     constants: tuple[str, ...] = ()
     """Fingerprints of what shapes the output and is no setting: prompts of which there is one version."""
     rows: str = "examples"
@@ -314,9 +322,14 @@ class StageRun:
     source: Workspace | None = None
     """Where the inputs lie, if not where the outputs go."""
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the artefacts that the stage reads under its configuration."""
+        return (*self.spec.inputs, *self.spec.inputs_for(self.config))
+
     def input(self, name: str) -> Artefact:
         """An artefact that the stage declared as an input."""
-        assert name in self.spec.inputs, f"stage {self.spec.name} does not declare the input {name}"
+        assert name in self.inputs, f"stage {self.spec.name} does not declare the input {name}"
         return (self.source or self.workspace).artefact(name)
 
     def output(self, name: str) -> Artefact:
@@ -411,7 +424,7 @@ class StageRun:
                 stage=self.spec.name,
                 fingerprint=self.fingerprint,
                 inputs=dict(self.input_fingerprints),
-                settings={key: json.loads(self.config.to_json())[key] for key in self.spec.settings},
+                settings=self.config.resolved(self.spec.settings),
                 columns={column.name: str(column.type) for column in TABLES[name]} if name in TABLES else {},
                 parts=len(output.parts()),
                 rows=rows,

@@ -29,7 +29,8 @@ SHARED = {
     "data.files": ("pipeline", "submission"),
     "candidates.check": ("cli",),
     "candidates.retrieval": ("serving.app", "scoring.worker"),
-    "thought_space.encoders": ("selection.*", "serving.*"),
+    "thought_space.encoders": ("tree.stage", "selection.*"),
+    "thought_space.agreement": ("tree.stage", "selection.stage", "serving.reasoning"),
     "tree.growing": ("serving.*",),
     "tree.search": ("serving.*",),
     "selection.selectors": ("serving.*",),
@@ -43,7 +44,7 @@ LIBRARIES = {
     "ray": ("runtime", "training", "generation.pool", "*.stage", "serving.app", "submission", "cli"),
     "vllm": ("generation.engine",),
     "torch": (
-        *("models", "training", "candidates.sasrec", "candidates.losses", "thought_space.*", "selection.selectors"),
+        *("models", "training", "candidates.sasrec", "candidates.losses", "thought_space.*"),
         *("ranker.packing", "ranker.model", "ranker.loop", "ranker.scorer"),
     ),
     "deepspeed": ("training",),
@@ -63,7 +64,7 @@ LIBRARIES = {
 }
 """Which modules may import a heavy library, at all: inside functions too."""
 
-LIGHT = ("cli", "pipeline", "overview", "doctor")
+LIGHT = ("cli", "pipeline", "overview", "doctor", "tree.search", "tree.growing")
 """Importing these must import no heavy library, through whatever they import at module level."""
 
 

@@ -115,6 +115,13 @@ def test_the_plan_names_what_changed(config: Path, monkeypatch: pytest.MonkeyPat
     assert plan["rationales"] == ("no", "complete")
     assert plan["tree"] == ("yes", "changed: tree.breadths")
     assert plan["select"] == ("yes", "made from an earlier thoughts")
+    changes = ["thought_space.max_tokens=300", "tree.beam_width=1", "ranker.variants=[none]"]
+    changes += ["select.selectors=[sbert]"]
+    table = overview.plan_table(load(config, changes), ["tree", "select"])
+    assert list(table.columns[2].cells) == [
+        "cannot: encoders must be made first",
+        "changed: select.selectors, thought_space.max_tokens",
+    ]
     table = overview.plan_table(load(config), ["prepare", "evaluate"])
     assert list(table.columns[2].cells) == ["complete", "was interrupted; 0 finished parts stay"]
     shown = _call("status", config)
@@ -271,4 +278,7 @@ def test_the_doctor_knows_which_models_a_stage_loads() -> None:
     config = load(QUICKSTART, ["ranker.model=a/ranker", "engine.model=a/writer", "thought_space.model=an/encoder"])
     assert doctor.models_of(config, ["prepare", "tree"]) == ["a/writer"]
     assert doctor.models_of(config, pipeline.STAGES) == ["a/ranker", "a/writer", "an/encoder"]
+    ablation = ["select.selectors=[thought_space,sbert,encoder_base]", "select.sbert_model=a/sbert"]
+    compared = load(QUICKSTART, [*ablation, "thought_space.model=an/encoder"])
+    assert doctor.models_of(compared, ["select"]) == ["a/sbert", "an/encoder"]
     assert all(isinstance(spec, StageSpec) for spec, _ in pipeline.STAGES.values())

@@ -13,9 +13,11 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,7 +36,8 @@ from pulse_ray.rationales.stage import RationaleWorker
 from pulse_ray.runtime import ShardOutput
 from pulse_ray.schema import Example, examples
 from pulse_ray.selection.stage import SelectWorker
-from pulse_ray.thought_space.encoders import Encoders
+from pulse_ray.text import CountTokens
+from pulse_ray.thought_space.encoders import Encoders, Tower
 from pulse_ray.tree.stage import TreeWorker
 from pulse_ray.workspace import StageRun
 
@@ -71,6 +74,24 @@ class Parrot:
         ]
 
 
+class Spy:
+    """Encodes as the encoders do, and keeps every text."""
+
+    def __init__(self, encoders: Encoders) -> None:
+        self.encoders = encoders
+        self.texts: list[str] = []
+
+    def encode(self, tower: Tower, texts: Sequence[str]) -> np.ndarray:
+        self.texts.extend(texts)
+        return self.encoders.encode(tower, texts)
+
+    def room(self, tower: Tower) -> int:
+        return 10**6  # So that nothing of a history is cut.
+
+    def counter(self, tower: Tower) -> CountTokens:
+        return lambda text: 0
+
+
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageRun]:
     """A workspace in which every stage up to `select` has run."""
@@ -88,11 +109,13 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageRun]:
             "candidates": {"size": 5, "similar_users": 3},
             "rationales": {"sampling": {"gates": []}},
             "tree": {
-                "breadths": [2, 1],
+                "breadths": [3, 1],
+                "beam_width": 2,
                 "neighbour_items": 30,
                 "text": {"history_tokens": 400},
                 "sampling": {"gates": []},
             },
+            "select": {"selectors": ["thought_space", "log_likelihood", "sbert", "encoder_base", "random"]},
             "ranker": {"reason_tokens": 150, "max_tokens": 600},
         }
     )
@@ -101,6 +124,8 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, StageRun]:
         run.begin()
     _prepare(runs["prepare"])
     _candidates(runs["candidates"])
+    folder = Path(runs["thought-space"].output("encoders").path)
+    Encoders.create(config.thought_space.model, 256, shared=True).save(folder)
     return runs
 
 
@@ -124,9 +149,13 @@ def _rationales(stage: StageRun) -> None:
 
 
 def _tree(stage: StageRun) -> None:
-    worker = TreeWorker(stage)
+    # Under the protocol that shows selectors the label: a beam must not see it even then.
+    select = stage.config.select.model_copy(update={"protocol": "oracle"})
+    worker = TreeWorker(replace(stage, config=stage.config.model_copy(update={"select": select})))
     worker.engine = parrot = Parrot()  # type: ignore[assignment]
-    shown = 0
+    assert worker.agreement is not None
+    worker.agreement.encoders = spy = Spy(worker.agreement.encoders)  # type: ignore[assignment]
+    shown = compared = 0
     for part in stage.input("examples").parts():
         output: ShardOutput = asyncio.run(worker(part))
         assert not output.rejects
@@ -139,23 +168,30 @@ def _tree(stage: StageRun) -> None:
             assert mine
             _check([*mine, *by_user[_user(example)]], example)
             shown += sum("similar taste" in prompt for prompt in mine)
+            read = [text for text in spy.texts if f"- own{_user(example):02d} | rated" in text]
+            compared += len(read)
+            _check([*read, *(text for text in spy.texts if text in by_user[_user(example)])], example)
         parrot.prompts.clear()
+        spy.texts.clear()
     assert shown, "no prompt showed a neighbour's items, so that door was not tried"
+    assert compared == 3 * USERS, "the beam compares each tree with one behaviour"
 
 
 def _select(stage: StageRun) -> None:
-    encoders = stage.workspace.artefact("encoders")
-    folder = Path(encoders.path)
-    folder.mkdir(parents=True, exist_ok=True)
-    Encoders.create(stage.config.thought_space.model, 256, shared=True).save(folder)
     worker = SelectWorker(stage)
+    assert set(worker.encoders) == {"thought_space", "sbert", "encoder_base"}
+    spies = [Spy(encoders) for encoders in worker.encoders.values()]
+    worker.encoders = dict(zip(worker.encoders, spies, strict=True))  # type: ignore[arg-type]
     for part in stage.input("thoughts").parts():
-        rows = list(examples(stage.input("examples").read(part)))
-        texts = worker._behaviours(part, {row.history.example_id for row in rows})
         output = worker(part)
         stage.output("reasons").write(part, output.tables["reasons"])
-        for row in rows:
-            _check([texts[row.history.example_id]], row)
+        for example in examples(stage.input("examples").read(part)):
+            for spy in spies:
+                read = [text for text in spy.texts if f"- own{_user(example):02d} | rated" in text]
+                assert len(read) == 1
+                _check(read, example)
+        for spy in spies:
+            spy.texts.clear()
 
 
 def _ranker(stage: StageRun) -> None:

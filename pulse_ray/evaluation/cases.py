@@ -37,11 +37,13 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A thought, what refines it, and who chose it."""
+    """A thought, what refines it, and who chose it. `leaf` and `agreement` as in the `thoughts` table."""
 
     node_id: str
+    leaf: bool
     text: str
     mean_logprob: float
+    agreement: float | None
     chosen_by: tuple[Choice, ...]
     children: tuple[Node, ...]
 
@@ -185,8 +187,10 @@ def _nodes(thoughts: Rows, chosen: Mapping[str, Sequence[Choice]], parent: str |
         if _parent(row["node_id"]) == parent:
             yield Node(
                 node_id=row["node_id"],
+                leaf=row["leaf"],
                 text=row["text"],
                 mean_logprob=row["mean_logprob"],
+                agreement=row["agreement"],
                 chosen_by=tuple(chosen.get(row["node_id"], ())),
                 children=tuple(_nodes(thoughts, chosen, row["node_id"])),
             )

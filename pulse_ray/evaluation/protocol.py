@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pulse_ray import metrics, seeding
-from pulse_ray.config import Config
+from pulse_ray.config import BY_BEHAVIOUR, Config
 
 Protocol = Literal["deployable", "oracle"]
 BASELINES = ("popularity", "sasrec")
@@ -119,8 +119,8 @@ def main_variant(config: Config) -> str:
 
 
 def protocol_of(model: str, config: Config) -> Protocol:
-    """The protocol under which a model's reasons were selected; only the Thought Space's selector sees behaviours."""
-    return config.select.protocol if model == "thought_space" else "deployable"
+    """The protocol under which a model's reasons were selected; only some selectors see behaviours."""
+    return config.select.protocol if model in BY_BEHAVIOUR else "deployable"
 
 
 def metric_rows(tally: Tally, config: Config) -> list[MetricRow]:

@@ -18,18 +18,27 @@ from markupsafe import Markup
 from safetensors.numpy import load
 
 from pulse_ray import metrics, seeding
+from pulse_ray.config import BY_BEHAVIOUR, Selector
 from pulse_ray.evaluation import cases, plots
 from pulse_ray.evaluation.cases import Case
 from pulse_ray.evaluation.protocol import MetricRow, Protocol, best, main_variant, protocol_of
 from pulse_ray.workspace import Artefact, Manifest, StageRun
 
-LABELS = {
+SELECTORS: dict[Selector, str] = {
+    "log_likelihood": "log-likelihood",
+    "random": "random leaf",
+    "sbert": "SBERT",
+    "encoder_base": "untrained encoder",
+    "thought_space": "Thought Space",
+}
+"""What readers see for a selector's name."""
+
+LABELS: dict[str, str] = {
     "popularity": "Popularity",
     "sasrec": "SASRec",
     "none": "Ranker, no reason",
     "base": "Ranker, base reason",
-    "log_likelihood": "Ranker, tree + log-likelihood",
-    "thought_space": "Ranker, tree + Thought Space",
+    **{name: f"Ranker, tree + {title}" for name, title in SELECTORS.items()},
 }
 """What readers see for a model's name."""
 
@@ -188,7 +197,9 @@ def render(page: Page) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["label"] = lambda model: LABELS.get(model, model)
+    environment.filters["label"] = LABELS.__getitem__
+    environment.filters["selector"] = lambda name: SELECTORS.get(name, name)
+    environment.tests["by_behaviour"] = BY_BEHAVIOUR.__contains__
     template = environment.from_string(files("pulse_ray.evaluation").joinpath("report.html").read_text("utf-8"))
     return template.render(page=page, metrics=list(metrics.GAINS))
 
@@ -261,7 +272,7 @@ def _content(artefact: Artefact, name: str) -> bytes:
 
 
 def _manifests(stage: StageRun) -> Iterator[Manifest]:
-    for name in stage.spec.inputs:
+    for name in stage.inputs:
         manifest = stage.input(name).manifest()
         assert manifest is not None, f"stage {stage.spec.name} runs without {name}"
         yield manifest

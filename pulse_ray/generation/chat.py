@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from pulse_ray.errors import ArtifactError, first_line
 
 
@@ -23,6 +21,8 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     Raises:
         ArtifactError: the model has no chat template, or one that takes no plain conversation.
     """
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
         raise ArtifactError(
             f"model '{tokenizer.name_or_path}' has no chat template",

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from pulse_ray.config import Config, Variant
+from pulse_ray.seeding import derive
 from pulse_ray.thought_space.encoders import Encoders
+from pulse_ray.workspace import Artefact
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +21,7 @@ class Thought:
 
     node_id: str
     depth: int
+    leaf: bool
     text: str
     mean_logprob: float
 
@@ -28,38 +34,84 @@ class Choice:
     agreement: float | None
 
 
-def leaves(tree: Sequence[Thought]) -> list[Thought]:
-    """The deepest nodes of a tree, in order. A tree that is a base reason alone has that as its leaf."""
-    deepest = max(thought.depth for thought in tree)
-    return sorted((thought for thought in tree if thought.depth == deepest), key=lambda thought: thought.node_id)
+Tree = Sequence[Thought]
+"""The nodes of a tree, in the order in which they are stored."""
 
 
-def base(trees: Sequence[Sequence[Thought]]) -> list[Choice]:
-    """The base reason of each tree."""
-    return [Choice(thought=next(t for t in tree if t.depth == 0), agreement=None) for tree in trees]
+def leaves(tree: Tree) -> list[Thought]:
+    """The nodes that may become the reason, in order."""
+    return [thought for thought in tree if thought.leaf]
 
 
-def log_likelihood(trees: Sequence[Sequence[Thought]]) -> list[Choice]:
+def best(tree: Tree, scores: Sequence[float]) -> Choice:
+    """The leaf with the highest score; of equals, the first.
+
+    Args:
+        scores: [leaves of the tree].
+    """
+    place = int(np.argmax(scores))
+    return Choice(thought=leaves(tree)[place], agreement=float(scores[place]))
+
+
+def base(tree: Tree, seed: int) -> Choice:
+    """The base reason."""
+    return Choice(thought=next(thought for thought in tree if thought.depth == 0), agreement=None)
+
+
+def log_likelihood(tree: Tree, seed: int) -> Choice:
     """The leaf that the language model itself finds likeliest: highest mean log-probability of its tokens."""
-    return [
-        Choice(thought=best, agreement=best.mean_logprob)
-        for best in (max(leaves(tree), key=lambda thought: thought.mean_logprob) for tree in trees)
-    ]
+    return best(tree, [leaf.mean_logprob for leaf in leaves(tree)])
 
 
-def thought_space(trees: Sequence[Sequence[Thought]], behaviours: Sequence[str], encoders: Encoders) -> list[Choice]:
-    """The leaf that agrees best with the behaviour: highest cosine of E1(leaf) and E2(behaviour) (Eq. 2).
+def random(tree: Tree, seed: int) -> Choice:
+    """Any leaf."""
+    among = leaves(tree)
+    return Choice(thought=among[seed % len(among)], agreement=None)
+
+
+WITHOUT_ENCODERS: Mapping[str, Callable[[Tree, int], Choice]] = {
+    "base": base,
+    "log_likelihood": log_likelihood,
+    "random": random,
+}
+"""What chooses without reading the texts, by name. `draw_seed` gives the seed."""
+
+
+def draw_seed(seed: int, example_id: str) -> int:
+    """The seed of an example's choice in a run."""
+    return derive(seed, "select", example_id)
+
+
+def nearest(trees: Sequence[Tree], behaviours: Sequence[str], encoders: Encoders) -> list[Choice]:
+    """Of each tree, the leaf that agrees best with its behaviour: highest cosine of E1(leaf) and E2(behaviour) (Eq. 2).
+
+    Equal texts are encoded once.
 
     Args:
         behaviours: [n] one text per tree; histories alone, except under the oracle protocol.
     """
-    candidates = [leaves(tree) for tree in trees]
-    vectors = encoders.encode("rationale", [leaf.text for tree in candidates for leaf in tree])
-    anchors = encoders.encode("history", behaviours)
-    ends = np.cumsum([len(tree) for tree in candidates])
-    choices = []
-    for tree, anchor, end in zip(candidates, anchors, ends, strict=True):
-        scores = vectors[end - len(tree) : end] @ anchor
-        best = int(scores.argmax())
-        choices.append(Choice(thought=tree[best], agreement=float(scores[best])))
-    return choices
+    texts = list(dict.fromkeys(leaf.text for tree in trees for leaf in leaves(tree)))
+    place = {text: row for row, text in enumerate(texts)}
+    vectors_ND = encoders.encode("rationale", texts)
+    anchors_BD = encoders.encode("history", behaviours)
+    return [
+        best(tree, (vectors_ND[[place[leaf.text] for leaf in leaves(tree)]] @ anchor_D).tolist())
+        for tree, anchor_D in zip(trees, anchors_BD, strict=True)
+    ]
+
+
+def load_encoders(selector: Variant, config: Config, trained: Callable[[], Artefact]) -> Encoders:
+    """What a selector of `config.BY_BEHAVIOUR` compares with.
+
+    Args:
+        trained: gives the artefact of the trained encoders; called for `thought_space` alone.
+
+    Raises:
+        ArtifactError: the selector's model does not resolve.
+    """
+    model = config.model_of(selector)
+    if model is None:
+        with tempfile.TemporaryDirectory() as local:
+            return Encoders.load(trained().download(Path(local)))
+    limit = config.thought_space.max_tokens if selector == "encoder_base" else None
+    return Encoders.create(model, limit, shared=True).eval()

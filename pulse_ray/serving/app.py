@@ -231,24 +231,11 @@ class Reasoner:
 
     async def __init__(self, config: Config) -> None:  # type: ignore[misc]  # Serve awaits it.
         from pulse_ray.generation.engine import Engine
-        from pulse_ray.serving.reasoning import Reasoning
+        from pulse_ray.serving import reasoning
 
-        workspace, selector = Workspace(config.storage, config.name), config.ranker.served(config.serve.variant)
-        encoders = None
-        if selector == "thought_space":
-            from pulse_ray.thought_space.encoders import Encoders
-
-            with tempfile.TemporaryDirectory() as local:
-                encoders = Encoders.load(workspace.artefact("encoders").download(Path(local)))
-        engine = Engine(config.engine)
-        self._reasoning = Reasoning(
-            config,
-            engine,
-            catalogue.load(workspace.artefact("items")),
-            encoders,
-            selector=selector,
-            version=f"{selector}@online",
-        )
+        workspace, engine = Workspace(config.storage, config.name), Engine(config.engine)
+        items = catalogue.load(workspace.artefact("items"))
+        self._reasoning = reasoning.load(config, engine, items, workspace.artefact("encoders"))
         # The engine starts with its first completion: the replica is not ready before.
         await engine.complete("Hello", 1, 0, SamplingConfig(max_tokens=1))
 
@@ -346,8 +333,8 @@ def application(config: Config, ranker_class: type[Ranker] = Ranker) -> serve.Ap
     digests = guard.token_digests(section)
     guard.check_host(section.host, digests)
     workspace = Workspace(config.storage, config.name)
-    selects = section.reasoner.enabled and config.ranker.served(section.variant) == "thought_space"
-    for name in ("items", "sasrec", "ranker", *(("encoders",) if selects else ())):
+    compares = config.ranker.served(section.variant) == "thought_space" or config.tree.beam_width is not None
+    for name in ("items", "sasrec", "ranker", *(("encoders",) if section.reasoner.enabled and compares else ())):
         finished(workspace, name)
     models.resolve(config.ranker.model)
     retriever = _deployment(Retriever, section.retriever, section).bind(config)

@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -157,7 +158,7 @@ def _reasons(reasons: Artefact, parts: list[Part], selector: str, version: str) 
 def _trees(thoughts: Artefact, parts: list[Part]) -> dict[tuple[str, str], list[StoredThought]]:
     found: dict[tuple[str, str], list[StoredThought]] = defaultdict(list)
     for part in parts:
-        for row in thoughts.read(part, ["example_id", "node_id", "depth", "text", "mean_logprob"]).to_pylist():
+        for row in thoughts.read(part, ["example_id", *(field.name for field in fields(StoredThought))]).to_pylist():
             found[_user(row.pop("example_id"))].append(StoredThought(**row))
     return found
 

@@ -70,6 +70,11 @@ class Thought(Message):
     depth: int
     text: str
     mean_logprob: float
+    leaf: bool = Field(
+        description="whether it could become the reason; a node without children that could not was "
+        "left behind by the beam"
+    )
+    agreement: float | None = Field(description="what a beam compared it by; null where it compared nothing")
 
 
 class Reason(Message):

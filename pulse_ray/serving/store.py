@@ -40,12 +40,17 @@ class StoreDownError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredThought:
-    """A node of the tree that the reason was chosen from; `node_id` as in the `thoughts` table."""
+    """A node of the tree that the reason was chosen from, as in the `thoughts` table.
+
+    What an older filling kept of a node says nothing of `leaf` and `agreement`: nodes then count as leaves.
+    """
 
     node_id: str
     depth: int
     text: str
     mean_logprob: float
+    leaf: bool = True
+    agreement: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,8 +38,8 @@ class Encoders(nn.Module):
         self.rationale, self.history = rationale, history
 
     @classmethod
-    def create(cls, model: str, max_tokens: int, *, shared: bool) -> Encoders:
-        """Untrained encoders from a model's name: mean pooling, `max_tokens` tokens."""
+    def create(cls, model: str, max_tokens: int | None, *, shared: bool) -> Encoders:
+        """Encoders as a model's name gives them: its own pooling or the mean; unset `max_tokens` leaves its own."""
         rationale = _open(models.resolve(model), max_tokens)
         return cls(rationale, rationale if shared else _open(models.resolve(model), max_tokens))
 
@@ -88,13 +88,20 @@ class Encoders(nn.Module):
         )
         return cast(np.ndarray, vectors.astype(np.float32))
 
+    def room(self, tower: Tower) -> int:
+        """Tokens that a text may have without being cut."""
+        model: SentenceTransformer = getattr(self, tower)
+        return int(model.max_seq_length or model.tokenizer.model_max_length) - int(
+            model.tokenizer.num_special_tokens_to_add()
+        )
+
     def counter(self, tower: Tower) -> CountTokens:
         """Counts tokens as the tower's tokenizer does."""
         tokenizer = getattr(self, tower).tokenizer
         return lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _open(folder: Path, max_tokens: int) -> SentenceTransformer:
+def _open(folder: Path, max_tokens: int | None) -> SentenceTransformer:
     """A sentence-transformers folder as it is, or any transformers encoder with mean pooling on top."""
     if (folder / "modules.json").exists():
         model = SentenceTransformer(str(folder), device=_device())
@@ -102,7 +109,8 @@ def _open(folder: Path, max_tokens: int) -> SentenceTransformer:
         transformer = Transformer(str(folder))
         pooling = Pooling(transformer.get_embedding_dimension(), "mean")
         model = SentenceTransformer(modules=[transformer, pooling], device=_device())
-    model.max_seq_length = max_tokens
+    if max_tokens is not None:
+        model.max_seq_length = max_tokens
     return model
 
 

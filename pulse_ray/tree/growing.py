@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
-from pulse_ray.config import TreeConfig
+from pulse_ray.config import SamplingConfig, TreeConfig
 from pulse_ray.generation import gates
 from pulse_ray.generation.engine import Completion, Message
 from pulse_ray.generation.gates import Flaw
@@ -14,7 +14,7 @@ from pulse_ray.generation.names import ItemNames
 from pulse_ray.schema import History, Item
 from pulse_ray.seeding import derive
 from pulse_ray.tree import prompts
-from pulse_ray.tree.search import Node, grow
+from pulse_ray.tree.search import Agree, Beam, Node, grow
 
 
 class TreeWriter(gates.Writer, Protocol):
@@ -35,8 +35,9 @@ async def grow_tree(
     items: Mapping[str, Item],
     near: Sequence[str],
     *,
-    names: ItemNames | None,
+    names: ItemNames | None = None,
     seed: int,
+    agree: Agree | None = None,
 ) -> list[Node] | Flaw:
     """The tree of a history, its nodes in depth-first order, or why there is none.
 
@@ -45,6 +46,7 @@ async def grow_tree(
         near: items of similar users, nearest first; those that the history holds are left out.
         names: what the domain's items are called; None where no gate asks for it.
         seed: of the run. The draws derive from it, the example's id and the node.
+        agree: how well texts agree with the history; a beam needs it.
     """
     version, near = config.template, prompts.unseen(history, near, config.neighbour_items)
     context = prompts.context(
@@ -77,6 +79,21 @@ async def grow_tree(
         def draw_seed(attempt: int) -> int:
             return derive(seed, "tree", history.example_id, place, attempt)
 
-        return await gates.draw(writer, request, config.sampling, draw_seed, n)
+        sampling = _sampling(config, 0 if parent is None else parent.depth + 1)
+        return await gates.draw(writer, request, sampling, draw_seed, n)
 
-    return await grow(config.breadths, think)
+    return await grow(config.breadths, think, _beam(config, agree))
+
+
+def _sampling(config: TreeConfig, depth: int) -> SamplingConfig:
+    """How thoughts of a depth are drawn."""
+    if config.temperatures is None:
+        return config.sampling
+    return config.sampling.model_copy(update={"temperature": config.temperatures[depth]})
+
+
+def _beam(config: TreeConfig, agree: Agree | None) -> Beam | None:
+    if config.beam_width is None:
+        return None
+    assert agree is not None, "a beam compares by agreement"
+    return Beam(width=config.beam_width, agree=agree)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pulse_ray import catalogue, templates
+from pulse_ray.catalogue import Catalogue
 from pulse_ray.generation import names
 from pulse_ray.generation.engine import Engine
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.generation.pool import generate
 from pulse_ray.runtime import ShardOutput
 from pulse_ray.schema import History, Reject, histories, table
+from pulse_ray.thought_space.agreement import Agreement
+from pulse_ray.thought_space.encoders import Encoders
 from pulse_ray.tree import prompts
 from pulse_ray.tree.growing import grow_tree
 from pulse_ray.tree.search import Node
@@ -20,7 +25,7 @@ from pulse_ray.workspace import Part, StageRun
 
 
 def run(stage: StageRun) -> None:
-    """Reads items, histories and neighbours; writes thoughts."""
+    """Reads items, histories and neighbours, for a beam also encoders; writes thoughts."""
     generate(
         stage,
         _parts(stage),
@@ -52,6 +57,7 @@ class TreeWorker:
         self.engine = Engine(stage.config.engine)
         self.items = catalogue.load(stage.input("items"))
         self.names = names.of_catalogue(self.items, self.config.sampling)
+        self.agreement = _agreement(stage, self.items) if self.config.beam_width is not None else None
 
     async def __call__(self, part: Part) -> ShardOutput:
         columns = ["example_id", "domain", "user_id", "history"]
@@ -77,7 +83,15 @@ class TreeWorker:
     async def _tree(self, history: History, near: Sequence[str]) -> list[Node] | Flaw:
         items, seed = self.items[history.domain], self.stage.config.seed
         known = self.names.get(history.domain)
-        return await grow_tree(self.engine, self.config, history, items, near, names=known, seed=seed)
+        agree = self.agreement.of(history) if self.agreement else None
+        return await grow_tree(self.engine, self.config, history, items, near, names=known, seed=seed, agree=agree)
+
+
+def _agreement(stage: StageRun, items: Catalogue) -> Agreement:
+    """What a beam compares by, whatever select.protocol says: no tree sees a label."""
+    with tempfile.TemporaryDirectory() as local:
+        encoders = Encoders.load(stage.input("encoders").download(Path(local)))
+    return Agreement(encoders, items, stage.config.thought_space.text)
 
 
 def _row(example_id: str, node: Node, prompt_sha: str) -> dict[str, Any]:
@@ -85,8 +99,10 @@ def _row(example_id: str, node: Node, prompt_sha: str) -> dict[str, Any]:
         "example_id": example_id,
         "node_id": node.node_id,
         "depth": node.depth,
+        "leaf": node.leaf,
         "text": node.thought.text,
         "mean_logprob": node.thought.mean_logprob,
+        "agreement": node.agreement,
         "num_tokens": node.thought.num_tokens,
         "seed": node.thought.seed,
         "finish_reason": node.thought.finish_reason,

@@ -34,6 +34,8 @@ INPUTS = (
     "reasons",
     "ranker",
 )
+BEAM = {"1": 0.41, "2": 0.38, "3": 0.07}
+"""Agreement of a tree's first level, of which the beam left node 3 behind."""
 REJECTED_TREE, NO_CANDIDATES = 1, 17
 """Users whose tree, and whose candidates, were rejected."""
 
@@ -271,7 +273,7 @@ def _thought_texts(user: int) -> dict[str, str]:
         texts[first] = (
             f"They come back to {KINDS[(user + int(first)) % len(KINDS)].lower()}s, and care for how it is packed."
         )
-        for second in "123":
+        for second in "123" if first != "3" else "":
             named = motive(user + (0 if second == "2" else int(first + second)))
             texts[f"{first}.{second}"] = f"They look for something {named}, to use every day and to give to others."
     return texts
@@ -284,6 +286,8 @@ def _thoughts() -> dict[str, list[dict[str, Any]]]:
                 **_written(user, text),
                 "node_id": node,
                 "depth": len(node.split(".")) if node else 0,
+                "leaf": "." in node,
+                "agreement": BEAM.get(node),
                 "mean_logprob": -1.2 - 0.07 * len(text) / 30,
             }
             for node, text in _thought_texts(user).items()
@@ -295,7 +299,9 @@ def _thoughts() -> dict[str, list[dict[str, Any]]]:
 def _reasons() -> dict[str, list[dict[str, Any]]]:
     def rows(user: int) -> list[dict[str, Any]]:
         texts = _thought_texts(user)
-        chosen = (("base", "", None), ("log_likelihood", "1.3", -1.41), ("thought_space", "1.2", 0.63))
+        chosen: list[tuple[str, str, float | None]] = [("base", "", None), ("log_likelihood", "1.3", -1.41)]
+        chosen += [("thought_space", "1.2", 0.63), ("sbert", "2.1", 0.22), ("encoder_base", "1.2", 0.34)]
+        chosen += [("random", "2.3", None)]
         return [
             {
                 "example_id": example_id(user),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import fake_run
 import pytest
 
-from pulse_ray.config import Config
+from pulse_ray.config import Config, Selector
 from pulse_ray.evaluation.protocol import Tally, best, metric_rows, protocol_of
 from pulse_ray.schema import table
 
@@ -123,6 +123,8 @@ def test_only_models_that_are_given_reasons_carry_the_label_of_the_selection(tmp
         "none": "deployable",
         "thought_space": "oracle",
     }
+    labels = {selector: protocol_of(selector, oracle) for selector in get_args(Selector)}
+    assert {name for name, label in labels.items() if label == "oracle"} == {"thought_space", "sbert", "encoder_base"}
     rows = metric_rows(_tally(), oracle)
     assert best(rows, "hr@1") == pytest.approx(1 / 3), "a number that saw the label is never the best"
 

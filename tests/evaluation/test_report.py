@@ -6,10 +6,12 @@ import re
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any, get_args
 
 import fake_run
 import pytest
 
+from pulse_ray.config import Selector
 from pulse_ray.evaluation import report
 from pulse_ray.evaluation.protocol import Tally, metric_rows, models
 from pulse_ray.evaluation.stage import ScoreWorker
@@ -41,8 +43,9 @@ class Outline(HTMLParser):
         self.text.append(data)
 
 
-def _render(folder: Path, protocol: str = "deployable", **sections: object) -> str:
-    stage = fake_run.make(fake_run.config(folder, select={"protocol": protocol}, **sections))
+def _render(folder: Path, protocol: str = "deployable", **sections: Any) -> str:
+    select = {"protocol": protocol, **sections.pop("select", {})}
+    stage = fake_run.make(fake_run.config(folder, select=select, **sections))
     worker, tally = ScoreWorker(stage, fake_run.MotiveScorer), Tally()
     for part in stage.input("examples").parts("test"):
         made = worker(part)
@@ -147,3 +150,14 @@ def test_a_run_with_one_variant_and_no_users_shown(tmp_path: Path) -> None:
     assert 'class="case"' not in page
     assert "Ranker, no reason" in page
     assert "Ranker, base reason" not in page
+
+
+def test_every_selector_is_named_in_words_and_a_beam_is_seen(tmp_path: Path) -> None:
+    chosen = list(get_args(Selector))
+    page = _render(tmp_path, select={"selectors": chosen}, ranker={"variants": ["none", "base", *chosen]})
+    for title in ("Thought Space", "SBERT", "untrained encoder", "log-likelihood", "random leaf"):
+        assert page.count(f"Ranker, tree + {title}") >= 2
+    assert '<span class="tag">SBERT</span>' in page
+    assert "encoder_base</" not in page
+    assert "left behind by the beam" in page
+    assert "agreement +0.380" in page

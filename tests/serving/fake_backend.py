@@ -32,13 +32,21 @@ TITLES = {
 }
 HOSTILE = '<img src=x onerror="document.title=1">'
 REASON = "The customer looks for products without perfume, and will want a mild balm next."
+
+
+def _node(node_id: str, text: str, mean_logprob: float, agreement: float | None = None) -> Thought:
+    depth = len(node_id.split(".")) if node_id else 0
+    return Thought(
+        node_id=node_id, depth=depth, leaf=depth == 2, text=text, mean_logprob=mean_logprob, agreement=agreement
+    )
+
+
 TREE = [
-    Thought(node_id="", depth=0, text="The customer looks for care that is gentle.", mean_logprob=-1.4),
-    Thought(node_id="1", depth=1, text="The customer looks for mild products for daily use.", mean_logprob=-1.2),
-    Thought(node_id="1.1", depth=2, text=REASON, mean_logprob=-0.9),
-    Thought(node_id="1.2", depth=2, text=f"The customer looks for {HOSTILE} soap.", mean_logprob=-1.1),
-    Thought(node_id="2", depth=1, text="The customer looks for sport articles.", mean_logprob=-2.1),
-    Thought(node_id="2.1", depth=2, text="The customer looks for towels that dry fast.", mean_logprob=-1.7),
+    _node("", "The customer looks for care that is gentle.", -1.4),
+    _node("1", "The customer looks for mild products for daily use.", -1.2, 0.51),
+    _node("1.1", REASON, -0.9),
+    _node("1.2", f"The customer looks for {HOSTILE} soap.", -1.1),
+    _node("2", "The customer looks for sport articles.", -2.1, 0.02),
 ]
 STORED = Reason(
     source="store",

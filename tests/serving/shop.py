@@ -19,6 +19,8 @@ USERS, ITEMS, PARTITIONS = 12, 30, 2
 KINDS = ("Hand Cream", "Shampoo", "Gym Towel", "Soap", "Balm", "Pet Brush")
 THOUGHTS = {"": "The customer buys care often.", "1": None, "2": "The customer looks for gifts."}
 """The nodes of every tree; None stands for the user's own `reason`."""
+AGREEMENT = {"1": 0.5, "2": -0.25}
+"""What a beam compared nodes by; it left the second behind."""
 WITHOUT_REASON = 3
 """A user whose tree was rejected."""
 
@@ -149,6 +151,8 @@ def _thoughts(number: int) -> list[dict[str, Any]]:
             "example_id": f"shop/{user(number)}/4",
             "node_id": node,
             "depth": int(node != ""),
+            "leaf": node == "1",
+            "agreement": AGREEMENT.get(node),
             "text": text,
             "mean_logprob": -1.25,
             "num_tokens": 9,
@@ -161,7 +165,7 @@ def _thoughts(number: int) -> list[dict[str, Any]]:
 
 
 def _reasons(number: int) -> list[dict[str, Any]]:
-    chosen = (("base", "", None), ("log_likelihood", "2", -1.25), ("thought_space", "1", 0.5))
+    chosen = (("base", "", None), ("log_likelihood", "1", -1.25), ("thought_space", "1", 0.5))
     return [
         {
             "example_id": f"shop/{user(number)}/4",

@@ -123,7 +123,10 @@ def test_a_user_is_shown_with_ranking_reason_tree_and_history(address: str, tmp_
     assert REASON in shown
     assert "agreement with the history +0.630" in shown
     assert dom.count('class="thought chosen"') == 1
-    assert dom.count('class="thought') == 6
+    assert dom.count('class="thought') == 5
+    assert "agreement +0.510" in shown
+    assert len(re.findall("left behind", shown)) == 1
+    assert "chosen by the Thought Space" in shown
     assert dom.count('class="place"') == 4
     assert all(TITLES[f"i{n}"] in shown for n in range(7))
     assert "4 candidates, found by SASRec" in shown

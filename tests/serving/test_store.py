@@ -169,7 +169,8 @@ def test_a_run_fills_the_store_once(tmp_path: Path) -> None:
             node_id="1",
             version="thought_space@select00",
         )
-        assert [node.node_id for node in profile.tree] == ["", "1", "2"]
+        nodes = [(node.node_id, node.leaf, node.agreement) for node in profile.tree]
+        assert nodes == [("", False, None), ("1", True, 0.5), ("2", False, -0.25)]
     store.close()
 
 

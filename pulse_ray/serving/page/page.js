@@ -189,16 +189,23 @@ function showRanking(answer) {
   show("ranking-section", true);
 }
 
+const selectors = {
+  base: "the base reason", thought_space: "chosen by the Thought Space", sbert: "chosen by SBERT",
+  encoder_base: "chosen by the untrained encoder", log_likelihood: "chosen by log-likelihood",
+  random: "chosen at random", given: "from a batch job's input",
+};
+const compares = ["thought_space", "sbert", "encoder_base"]; // texts with the history
+
 function showReason(reason) {
   at("reason").textContent = reason.text || `None: ${reason.why}.`;
   const notes = [];
   const sources = { store: "from the profile store", reasoner: "written just now", request: "from the request" };
   if (reason.text) notes.push(sources[reason.source]);
   if (reason.agreement !== null) {
-    const kind = reason.selector === "thought_space" ? "agreement with the history" : "score";
+    const kind = compares.includes(reason.selector) ? "agreement with the history" : "score";
     notes.push(`${kind} ${signed(reason.agreement)}`);
   }
-  if (reason.selector) notes.push(`chosen by ${reason.selector.replace("_", " ")}`);
+  if (reason.selector) notes.push(selectors[reason.selector]);
   at("origin").textContent = notes.join(" · ");
   show("origin", notes.length > 0);
   show("reason-section", true);
@@ -206,15 +213,20 @@ function showReason(reason) {
 
 function showTree(nodes, reason) {
   const places = new Map(); // node_id → its list entry; nodes come with parents before children
+  const above = (id) => id.split(".").slice(0, -1).join(".");
+  const refined = new Set(nodes.filter((node) => node.node_id !== "").map((node) => above(node.node_id)));
   at("tree").replaceChildren();
   for (const node of nodes) {
-    const parent = node.node_id === "" ? null : places.get(node.node_id.split(".").slice(0, -1).join("."));
+    const parent = node.node_id === "" ? null : places.get(above(node.node_id));
     const isChosen = reason.node_id === node.node_id;
     const thought = make("div", isChosen ? "thought chosen" : "thought");
     const notes = make("span", "notes");
     if (isChosen) {
       notes.append(make("span", "tag", reason.agreement === null ? "chosen" : `chosen · ${signed(reason.agreement)}`));
+    } else if (node.agreement !== null) {
+      notes.append(make("span", "logprob", `agreement ${signed(node.agreement)}`));
     }
+    if (!node.leaf && !refined.has(node.node_id)) notes.append(make("span", "logprob", "left behind"));
     notes.append(make("span", "logprob", `log p ${plain(node.mean_logprob, 2)}`));
     thought.append(make("span", "node", node.node_id || "base"), make("span", "words", node.text), notes);
     const place = make("li");

@@ -1,0 +1,114 @@
+"""Whether trees cost the same for the thousandth user as for the first: seconds and the driver's memory, by users.
+
+    python -m benchmarks.generation_scale            # 400, 1,600 and 6,400 users: about 20 minutes on two cores
+    python -m benchmarks.generation_scale --quick    # 100 and 400
+
+The real command grows trees of 3 × 3 with a tiny random model, so that all but the model weighs as much as it can. Time
+runs from the first part that is committed to the last, over all parts but the first ones that were in flight together;
+the exponent is the slope of log seconds per log users. Memory is the driver's own resident set, which must not follow
+the users: its last sample is compared with the one when a tenth of the parts was committed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import yaml
+
+from benchmarks._report import report
+from pulse_ray.config import load
+from tests import tiny
+from tests.histories import configure, tree_run
+
+USERS = (400, 1600, 6400)
+PART_USERS = 32
+IN_FLIGHT = 2
+SEED = 13
+MAX_EXPONENT = 1.05
+MAX_GROWTH = 1.1
+SETTLED = 0.1
+
+Figures = dict[str, Any]
+
+
+def main() -> int:
+    """Measures every size and prints the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="100 and 400 users")
+    sizes = (100, 400) if parser.parse_args().quick else USERS
+    with tempfile.TemporaryDirectory() as folder:
+        model = str(tiny.make(Path(folder) / "tiny"))
+        runs = []
+        for users in sizes:
+            runs.append(_run(Path(folder) / str(users), users, model))
+            print(runs[-1], file=sys.stderr, flush=True)
+    slope, _ = np.polyfit(np.log([run["users"] for run in runs]), np.log([run["seconds"] for run in runs]), 1)
+    growth = max(run["driver_end_mib"] / run["driver_settled_mib"] for run in runs)
+    across = runs[-1]["driver_end_mib"] / runs[0]["driver_end_mib"]
+    bars = {
+        "exponent": {"value": round(float(slope), 3), "bar": MAX_EXPONENT, "holds": slope <= MAX_EXPONENT},
+        "driver_growth": {"value": round(growth, 3), "bar": MAX_GROWTH, "holds": growth <= MAX_GROWTH},
+        "driver_growth_across": {"value": round(across, 3), "bar": MAX_GROWTH, "holds": across <= MAX_GROWTH},
+    }
+    return report("generation_scale", {"runs": runs}, {**bars})
+
+
+def _run(folder: Path, users: int, model: str) -> Figures:
+    """The command over so many users: seconds for all of them at the rate of its steady part."""
+    folder.mkdir()
+    config = folder / "experiment.yaml"
+    config.write_text(yaml.safe_dump(configure(folder, users, _settings(model))))
+    stage = tree_run(load(config), PART_USERS)
+    parts = math.ceil(users / PART_USERS)
+    thoughts = Path(stage.output("thoughts").path)
+    samples: list[tuple[int, float]] = []
+    started = time.monotonic()
+    with (folder / "log").open("w") as log:
+        command = [sys.executable, "-m", "pulse_ray.cli", "tree", str(config)]
+        driver = subprocess.Popen(command, stdout=log, stderr=log)
+        process = psutil.Process(driver.pid)
+        while driver.poll() is None:
+            samples.append((len(list(thoughts.glob("*.parquet"))), process.memory_info().rss / 2**20))
+            time.sleep(0.5)
+    wall_s = time.monotonic() - started
+    if driver.returncode:
+        raise RuntimeError((folder / "log").read_text())
+    times = sorted(part.stat().st_mtime for part in thoughts.glob("*.parquet"))
+    steady = (times[-1] - times[IN_FLIGHT - 1]) * parts / (parts - IN_FLIGHT)
+    live = [memory for done, memory in samples if SETTLED * parts <= done and memory > 1]
+    return {
+        "users": users,
+        "seconds": round(steady, 2),
+        "users_per_s": round(users / steady, 1),
+        "wall_s": round(wall_s, 1),
+        "driver_settled_mib": round(live[0], 1),
+        "driver_end_mib": round(float(np.median(live[-6:-1] or live)), 1),
+    }
+
+
+def _settings(model: str) -> Figures:
+    engine = {"model": model, "dtype": "float32", "max_model_len": 512, "max_num_seqs": 128, "kv_cache_gb": 1.0}
+    sampling = {"max_tokens": 8, "gates": []}
+    return json.loads(
+        json.dumps(
+            {
+                "seed": SEED,
+                "engine": {**engine, "shards_in_flight": IN_FLIGHT},
+                "tree": {"breadths": [3, 3], "sampling": sampling, "text": {"history_tokens": 120}},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
