@@ -21,12 +21,13 @@ def render(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     Raises:
         ArtifactError: the model has no chat template, or one that takes no plain conversation.
     """
+    from jinja2 import TemplateError
+
     if tokenizer.chat_template is None:
         raise ArtifactError(
             f"model '{tokenizer.name_or_path}' has no chat template",
             remedy="Use an instruction-tuned model, e.g. HuggingFaceTB/SmolLM2-135M-Instruct",
         )
-    from jinja2 import TemplateError
 
     try:
         text = _apply(tokenizer, messages)

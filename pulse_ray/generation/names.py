@@ -21,7 +21,7 @@ from pulse_ray.text import words
 MAX_TITLES = 3
 """A run that more titles hold is a phrase and no name."""
 
-MAX_WORD_SHARE = 0.1
+MAX_WORD_SHARE = 0.05
 """A word that a larger share of the titles hold says what is sold here and tells no item."""
 
 MIN_LETTERS = 3

@@ -37,7 +37,7 @@ async def grow_tree(
     items: Mapping[str, Item],
     near: Sequence[str],
     *,
-    names: ItemNames | None,
+    names: ItemNames | None = None,
     seed: int,
     agree: Agree | None = None,
 ) -> list[Node] | Flaw:
