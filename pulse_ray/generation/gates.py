@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Protocol
 
 from pulse_ray.config import SamplingConfig
@@ -169,11 +170,11 @@ def repeats_itself(text: str) -> bool:
 def copies_prompt(text: str, request: Request) -> bool:
     """Whether a text says over again what stands in its prompt. To name the items that were shown is no copying."""
     runs = _runs(text)
-    if _share(runs, [request.thought]) > MAX_KEPT:
+    if _share(runs, (request.thought,)) > MAX_KEPT:
         return True
     named = _all_runs(request.titles)
     own = [run for run in runs if run not in named]
-    if _share(own, [request.task]) > MAX_COPIED:
+    if _share(own, (request.task,)) > MAX_COPIED:
         return True
     return len(own) >= MIN_COPIED_RUNS and _share(own, request.reviews) > MAX_COPIED
 
@@ -202,11 +203,13 @@ def _runs(text: str) -> list[_Run]:
     return [tuple(found[i : i + _RUN]) for i in range(len(found) - _RUN + 1)]
 
 
-def _all_runs(texts: Iterable[str]) -> set[_Run]:
-    return {run for text in texts for run in _runs(text)}
+@lru_cache(maxsize=256)
+def _all_runs(texts: tuple[str, ...]) -> frozenset[_Run]:
+    # Kept, as a tree's completions are all held against the same texts.
+    return frozenset(run for text in texts for run in _runs(text))
 
 
-def _share(runs: list[_Run], texts: Iterable[str]) -> float:
+def _share(runs: list[_Run], texts: tuple[str, ...]) -> float:
     """Share of `runs` that stand in `texts`."""
     given = _all_runs(texts)
     return sum(run in given for run in runs) / max(1, len(runs))

@@ -66,17 +66,22 @@ class ItemNames:
         Args:
             shown: all that the text's writer has read.
         """
-        found = words(text)
-        known = {word.casefold() for one in shown for word in words(one)}
+        known: set[str] | None = None
+        for run in self._named(words(text)):
+            if known is None:  # Few texts name anything, and prompts are long.
+                known = {word.casefold() for one in shown for word in words(one)}
+            if any(_is_name(word) and word.casefold() not in known and self._tells(word) for word in run):
+                return " ".join(run)
+        return None
+
+    def _named(self, found: list[str]) -> Iterator[list[str]]:
+        """The runs of a text that few titles hold, written as names."""
         hashes, names = [_hash(word) for word in found], [_is_name(word) for word in found]
-        new = [word.casefold() not in known and self._tells(word) for word in found]
         for size, kept in ((2, self._pairs), (_RUN, self._runs)):
             for place in range(len(found) - size + 1):
                 run = slice(place, place + size)
-                named = sum(names[run]) >= 2 and any(a and b for a, b in zip(names[run], new[run], strict=True))
-                if named and _holds(kept, _mixed(hashes[run])):
-                    return " ".join(found[run])
-        return None
+                if sum(names[run]) >= 2 and _holds(kept, _mixed(hashes[run])):
+                    yield found[run]
 
     def _tells(self, word: str) -> bool:
         # Numbers and units stand for sizes, not for items.
