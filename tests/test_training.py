@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,42 +66,56 @@ class Regression:
 CONFIG = TrainingConfig(epochs=4, batch_size=8, micro_batch_size=3, lr=2e-2, workers=WorkersConfig(max_failures=1))
 
 
-def fit(where: Path, folder: str, config: TrainingConfig = CONFIG, **task: object) -> dict[str, object]:
+def fit(where: Path, folder: str, config: TrainingConfig = CONFIG, **task: object) -> dict[str, Any]:
     output = Workspace(str(where), "run").artefact("model")
     return training.fit(
         Regression, *task.values(), config=config, seed=3, output=output, folder=folder, title=f"test: {folder}"
     )
 
 
-def test_a_crash_changes_nothing(ray_cluster: None, tmp_path: Path) -> None:
-    undisturbed = fit(tmp_path, "undisturbed")
+@dataclass(frozen=True)
+class Trained:
+    """A model that was trained without a disturbance."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    def check_same(self, folder: Path) -> None:
+        """Whether another model's weights are its own, to the last bit."""
+        ours, theirs = (load_file(one / "model.safetensors") for one in (self.folder / "run/model/undisturbed", folder))
+        for name, value in ours.items():
+            torch.testing.assert_close(theirs[name], value, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return Trained(folder, fit(folder, "undisturbed"))
+
+
+def test_a_crash_changes_nothing(undisturbed: Trained, tmp_path: Path) -> None:
     disturbed = fit(tmp_path, "disturbed", tripwire=tmp_path / "tripped")
     assert (tmp_path / "tripped").exists()
-    assert disturbed == undisturbed
-    weights = [load_file(tmp_path / "run/model" / name / "model.safetensors") for name in ("undisturbed", "disturbed")]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=0)
-    evaluations = undisturbed["evaluations"]
-    assert isinstance(evaluations, list)
+    assert disturbed == undisturbed.record
+    undisturbed.check_same(tmp_path / "run/model/disturbed")
+    evaluations = undisturbed.record["evaluations"]
     assert [entry["step"] for entry in evaluations] == [0, 7, 14, 21, 28]
     assert evaluations[-1]["loss"] < 0.5 * evaluations[0]["loss"]
-    assert not (tmp_path / "run/model/undisturbed/checkpoints").exists()
-    assert fit(tmp_path, "undisturbed", poison=0) == undisturbed, "a model that is there was trained again"
+    assert not (undisturbed.folder / "run/model/undisturbed/checkpoints").exists()
+    again = fit(undisturbed.folder, "undisturbed", poison=0)
+    assert again == undisturbed.record, "a model that is there was trained again"
 
 
-def test_validation_beside_training_gives_the_same_model(ray_cluster: None, tmp_path: Path) -> None:
-    inside = fit(tmp_path, "inside")
+def test_validation_beside_training_gives_the_same_model(undisturbed: Trained, tmp_path: Path) -> None:
     beside = fit(
         tmp_path, "beside", CONFIG.model_copy(update={"async_validation": True}), tripwire=tmp_path / "tripped"
     )
     assert (tmp_path / "tripped").exists(), "the workers did not fail in between"
     for name in ("steps", "best_step"):
-        assert beside[name] == inside[name]
-    for one, other in zip(beside["evaluations"], inside["evaluations"], strict=True):  # type: ignore[call-overload]
+        assert beside[name] == undisturbed.record[name]
+    for one, other in zip(beside["evaluations"], undisturbed.record["evaluations"], strict=True):
         assert one == pytest.approx(other)
-    weights = [load_file(tmp_path / "run/model" / name / "model.safetensors") for name in ("inside", "beside")]
-    for name, value in weights[0].items():
-        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=0)
+    undisturbed.check_same(tmp_path / "run/model/beside")
     assert not (tmp_path / "run/model/beside/checkpoints").exists()
 
 

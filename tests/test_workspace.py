@@ -115,7 +115,7 @@ def test_storage_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     output = Workspace(str(tmp_path / "file"), "run").artefact("rationales")
     for use in (output.manifest, lambda: output.write("train-0000-0000", rows("shop/a/1"))):
-        with pytest.raises(ArtifactError, match=r"cannot use .*file"):
+        with pytest.raises(ArtifactError, match=r"cannot (read|write) .*file"):
             use()
 
 
