@@ -335,12 +335,12 @@ class _Committer:
             output = self.worker(part)
             if inspect.isawaitable(output):
                 output = await output
+            self._check(part, output)
+            self.stage.reject(part, output.rejects)
+            for name in self.outputs:
+                self.stage.output(name).write(part, output.tables[name])
         except PulseError as error:
             return {"part": part, "error": to_values(error), "names": [], "values": []}
-        self._check(part, output)
-        self.stage.reject(part, output.rejects)
-        for name in self.outputs:
-            self.stage.output(name).write(part, output.tables[name])
         figures = {self.stage.spec.rows: output.examples, **output.figures}
         return {"part": part, "error": None, "names": list(figures), "values": [float(v) for v in figures.values()]}
 
