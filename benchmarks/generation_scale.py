@@ -97,7 +97,7 @@ def _run(folder: Path, users: int, model: str) -> Figures:
 
 
 def _settings(model: str) -> Figures:
-    engine = {"model": model, "dtype": "float32", "max_model_len": 512, "max_num_seqs": 128, "kv_cache_gb": 1.0}
+    engine = {"model": model, "dtype": "float32", "max_model_len": 768, "max_num_seqs": 128, "kv_cache_gb": 1.0}
     sampling = {"max_tokens": 8, "gates": []}
     return json.loads(
         json.dumps(

@@ -138,10 +138,13 @@ class Engine:
 
         self.start()
         llm = self._llm
+        drawn = (
+            n if sampling.temperature > 0 else 1
+        )  # Greedy siblings are all the same, and vLLM refuses to write them.
         # Tokens rather than text: the template already wrote the opening token, which must not come twice.
         stream = llm.generate(
             TokensPrompt(prompt_token_ids=self._encode(prompt)),
-            _sampling_params(sampling, n, seed),
+            _sampling_params(sampling, drawn, seed),
             f"completion-{next(self._ids)}",
             lora_request=self._adapter(sampling.adapter),
             priority=priority,
@@ -162,7 +165,7 @@ class Engine:
             ) from error
         if broken := {output.finish_reason for output in outputs} & {"abort", "error"}:
             raise RequestError(f"'{self.config.model}' broke off a request: {broken}", remedy="Run again")
-        return [_completion(output, seed + place) for place, output in enumerate(outputs)]
+        return [_completion(output, seed + place) for place, output in enumerate(outputs * (n // drawn))]
 
     def start(self) -> None:
         """Starts vLLM's processes, if they do not run; it blocks, as nothing else could be done meanwhile.

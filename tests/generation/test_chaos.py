@@ -39,7 +39,7 @@ Rows = dict[tuple[str, str], dict[str, Any]]
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Greedy, so that rounding cannot show; two engines, one for each node."""
     model = str(tiny.make(tmp_path_factory.mktemp("tiny")))
-    engine = {"model": model, "dtype": "float32", "max_model_len": 512, "kv_cache_gb": 0.25}
+    engine = {"model": model, "dtype": "float32", "max_model_len": 768, "kv_cache_gb": 0.25}
     sampling = {"max_tokens": 8, "temperature": 0.0, "gates": []}
     return {
         "seed": 3,
