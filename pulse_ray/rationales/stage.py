@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from pulse_ray import catalogue, templates
@@ -10,6 +9,7 @@ from pulse_ray.generation import gates, names
 from pulse_ray.generation.engine import Completion, Engine
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.generation.pool import generate
+from pulse_ray.generation.together import together
 from pulse_ray.rationales import prompts
 from pulse_ray.runtime import ShardOutput
 from pulse_ray.schema import Example, Reject, examples, table
@@ -46,7 +46,7 @@ class RationaleWorker:
 
     async def __call__(self, part: Part) -> ShardOutput:
         given = list(examples(self.stage.input("examples").read(part)))
-        written = await asyncio.gather(*map(self._write, given))
+        written = await together(map(self._write, given))
         prompt_sha = templates.sha(prompts.STAGE, self.config.template)
         rows: list[dict[str, Any]] = []
         rejects: list[Reject] = []

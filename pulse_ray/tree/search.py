@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pulse_ray.generation.engine import Completion
 from pulse_ray.generation.gates import Flaw
+from pulse_ray.generation.together import together
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ class _Growth:
 
     async def everywhere(self, node: Node) -> None:
         """Grows all that hangs below a node; no subtree waits for another."""
-        await asyncio.gather(*(self.everywhere(child) for child in await self.refine(node)))
+        await together(map(self.everywhere, await self.refine(node)))
 
     async def along(self, root: Node, beam: Beam) -> None:
         """Grows level by level, each below the best nodes of the one before."""
@@ -81,7 +81,7 @@ class _Growth:
         while level:
             if level[0].depth < len(self.breadths):
                 level = await self.best(level, beam)
-            children = await asyncio.gather(*map(self.refine, level))
+            children = await together(map(self.refine, level))
             level = [child for siblings in children for child in siblings]
 
     async def best(self, level: list[Node], beam: Beam) -> list[Node]:

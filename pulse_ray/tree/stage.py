@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from pulse_ray.generation import names
 from pulse_ray.generation.engine import Engine
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.generation.pool import generate
+from pulse_ray.generation.together import together
 from pulse_ray.runtime import ShardOutput
 from pulse_ray.schema import History, Reject, histories, table
 from pulse_ray.thought_space.agreement import Agreement
@@ -69,7 +69,7 @@ class TreeWorker:
         given = list(histories(self.stage.input("examples").read(part, columns)))
         near = self.stage.input("neighbours").read(part, ["example_id", "items"]).to_pylist()
         items_near = {row["example_id"]: row["items"] for row in near}
-        trees = await asyncio.gather(*(self._tree(one, items_near.get(one.example_id, [])) for one in given))
+        trees = await together(self._tree(one, items_near.get(one.example_id, [])) for one in given)
         prompt_sha = templates.sha(prompts.STAGE, self.config.template)
         rows: list[dict[str, Any]] = []
         rejects: list[Reject] = []

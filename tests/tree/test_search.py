@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pulse_ray.errors import GenerationError
 from pulse_ray.generation.engine import Completion
 from pulse_ray.generation.gates import Flaw
 from pulse_ray.tree.search import Beam, Node, grow
@@ -221,3 +222,23 @@ def test_without_a_beam_no_level_waits_for_its_slowest_node() -> None:
         return await asyncio.wait_for(grow([2, 1, 1], think), timeout=10)
 
     assert isinstance(asyncio.run(run()), list)
+
+
+def test_nothing_goes_on_once_a_thought_has_failed() -> None:
+    asked: list[str] = []
+
+    async def think(parent: Node | None, n: int) -> list[Completion | Flaw]:
+        asked.append("base" if parent is None else parent.node_id)
+        if parent and parent.node_id == "1":
+            raise GenerationError("the engine died", remedy="Run again")
+        if parent and parent.node_id == "2":
+            await asyncio.sleep(0.05)
+        return [_thought(f"{place}") for place in range(n)]
+
+    async def run() -> None:
+        with pytest.raises(GenerationError):
+            await grow([2, 1, 1], think)
+        await asyncio.sleep(0.2)
+
+    asyncio.run(run())
+    assert asked == ["base", "", "1", "2"], "what hangs below the slow sibling was asked for"
