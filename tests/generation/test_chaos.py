@@ -28,7 +28,6 @@ from pulse_ray.workspace import Artefact, Workspace
 USERS, PART_USERS = 400, 16
 BREADTHS = (3, 3)
 NODES_OF_A_TREE = 1 + 3 + 9
-KILLS = 3
 VICTIMS = ("driver", "engine", "raylet")
 PATIENCE_S = 600
 
@@ -63,8 +62,8 @@ def _prepared(folder: Path, settings: dict[str, Any]) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Rows:
     config = _prepared(tmp_path_factory.mktemp("undisturbed"), settings)
-    driver = _start(config, dict(os.environ))
-    assert driver.wait(timeout=PATIENCE_S) == 0, config.with_suffix(".log").read_text()
+    with Driver(config, dict(os.environ)) as driver:
+        driver.finish()
     return _rows(load(config))
 
 
@@ -85,25 +84,22 @@ def test_whatever_is_killed_every_tree_is_there_once_and_as_it_would_have_been(
         "RAY_ADDRESS": f"127.0.0.1:{cluster.gcs}",
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
-    thoughts = _thoughts(load(config))
-    random_ = random.Random(seed)
-    driver = _start(config, environment)
-    for moment in sorted(random_.sample(range(USERS // PART_USERS - 2), KILLS)):
-        driver = _wait_for(thoughts, moment, driver, config, environment)
-        time.sleep(random_.random())
-        victim = random_.choice(VICTIMS)
-        before = _files(thoughts)
-        _kill(victim, cluster, driver)
-        if victim == "driver":
-            driver.wait()
-            driver = _start(config, environment)
-        print(f"{victim} killed with {len(before)} parts committed", file=sys.stderr)
-        assert before.items() <= _files(thoughts).items(), "what was committed was made again"
-    driver = _wait_for(thoughts, USERS // PART_USERS, driver, config, environment)
-    assert driver.wait(timeout=PATIENCE_S) == 0, config.with_suffix(".log").read_text()
+    thoughts, engine = _thoughts(load(config)), load(config).engine
+    random_, committed = random.Random(seed), dict[str, int]()
+    moments = sorted(random_.sample(range(USERS // PART_USERS - 2), len(VICTIMS)))
+    with Driver(config, environment) as driver:
+        for moment, victim in zip(moments, random_.sample(VICTIMS, len(VICTIMS)), strict=True):
+            driver.wait_for(thoughts, moment)
+            time.sleep(random_.random())
+            committed |= _files(thoughts)
+            _kill(victim, cluster, driver)
+            print(f"{victim} killed with {len(committed)} parts committed", file=sys.stderr)
+        driver.wait_for(thoughts, USERS // PART_USERS)
+        driver.finish()
 
-    again = sum(map(int, re.findall(r"parts begun again[^:]*: (\d+)", config.with_suffix(".log").read_text())))
-    assert again <= KILLS * load(config).engine.pool.max * load(config).engine.shards_in_flight
+    again = sum(map(int, re.findall(r"parts begun again[^:]*: (\d+)", driver.log())))
+    again += len(committed.items() - _files(thoughts).items())
+    assert again <= len(VICTIMS) * engine.pool.max * engine.shards_in_flight, "more was done again than was in flight"
     assert conditions(load(config))["tree"] == "complete"
     rows = _rows(load(config))
     assert set(Counter(example for example, _ in rows).values()) == {NODES_OF_A_TREE}
@@ -115,29 +111,52 @@ def test_whatever_is_killed_every_tree_is_there_once_and_as_it_would_have_been(
         assert row == {name: value for name, value in twin.items() if name != "mean_logprob"}
 
 
-def _start(config: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    log = config.with_suffix(".log").open("a")
-    command = [sys.executable, "-m", "pulse_ray.cli", "tree", str(config)]
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+class Driver:
+    """The command, started again where it was killed or ended with an error, as a person would."""
+
+    def __init__(self, config: Path, environment: dict[str, str]) -> None:
+        self.path, self.environment = config.with_suffix(".log"), environment
+        self.command = [sys.executable, "-m", "pulse_ray.cli", "tree", str(config)]
+        self.errors = 0
+        self.start()
+
+    def __enter__(self) -> Driver:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def start(self) -> None:
+        with self.path.open("a") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self.environment)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.start()
+
+    def log(self) -> str:
+        return self.path.read_text()
+
+    def wait_for(self, thoughts: Artefact, parts: int) -> None:
+        """Until so many parts are committed."""
+        deadline = time.monotonic() + PATIENCE_S
+        while len(thoughts.parts()) < parts:
+            assert time.monotonic() < deadline, self.log()
+            if self.process.poll() not in (None, 0):
+                self.errors += 1
+                assert self.errors <= len(VICTIMS), self.log()
+                self.start()
+            time.sleep(0.1)
+
+    def finish(self) -> None:
+        if self.process.wait(timeout=PATIENCE_S):
+            self.start()
+        assert self.process.wait(timeout=PATIENCE_S) == 0, self.log()
 
 
-def _wait_for(
-    thoughts: Artefact, parts: int, driver: subprocess.Popen[bytes], config: Path, environment: dict[str, str]
-) -> subprocess.Popen[bytes]:
-    """Until so many parts are committed. A driver that ended with an error is started again, as a person would."""
-    deadline = time.monotonic() + PATIENCE_S
-    restarts = 0
-    while len(thoughts.parts()) < parts:
-        assert time.monotonic() < deadline, config.with_suffix(".log").read_text()
-        if driver.poll() not in (None, 0):
-            restarts += 1
-            assert restarts <= 2, config.with_suffix(".log").read_text()
-            driver = _start(config, environment)
-        time.sleep(0.1)
-    return driver
-
-
-def _kill(victim: str, cluster: nodes.Nodes, driver: subprocess.Popen[bytes]) -> None:
+def _kill(victim: str, cluster: nodes.Nodes, driver: Driver) -> None:
     """With -9, at once. A node that lost its raylet is replaced."""
     if victim == "driver":
         driver.kill()
