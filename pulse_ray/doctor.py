@@ -100,6 +100,13 @@ def check_models(config: Config, stages: Iterable[str]) -> None:
     for name in models_of(config, stages):
         if (finding := _model(name)).verdict == "broken":
             raise ArtifactError(f"model '{name}' does not resolve: {finding.found}", remedy=finding.remedy)
+    if any("engine" in STAGES[stage][0].settings for stage in stages):
+        for name, adapter in config.engine.adapters.items():
+            if not models.obtainable(adapter, models.ADAPTER):
+                raise ArtifactError(
+                    f"engine.adapters.{name} is '{adapter}', which is no LoRA adapter",
+                    remedy=f"Name a folder with {models.ADAPTER}, as PEFT saves it, or one of the model hub",
+                )
 
 
 def _python() -> Finding:

@@ -83,6 +83,10 @@ _PACKAGES = {
 }
 
 
+ADAPTER = "adapter_config.json"
+"""The file that makes a folder a LoRA adapter."""
+
+
 def packaged() -> list[str]:
     """Names of the models that need no model hub."""
     return list(_PACKAGES)
@@ -111,10 +115,10 @@ def resolve(name: str, holds: str = "config.json") -> Path:
     return _fetch_snapshot(name)
 
 
-def available(name: str) -> str | None:
+def available(name: str, holds: str = "config.json") -> str | None:
     """Where a model would come from, looked up on this machine alone; None where it would have to be downloaded."""
     if Path(name).expanduser().is_dir():
-        return "local folder" if (Path(name).expanduser() / "config.json").is_file() else None
+        return "local folder" if (Path(name).expanduser() / holds).is_file() else None
     if name in _PACKAGES:
         return f"cached in {_cached(name)}" if _cached(name).is_dir() else None
     from huggingface_hub import snapshot_download
@@ -126,9 +130,9 @@ def available(name: str) -> str | None:
         return None
 
 
-def obtainable(name: str) -> bool:
+def obtainable(name: str, holds: str = "config.json") -> bool:
     """Whether `resolve` would find the model, as far as can be told without fetching it."""
-    return name in _PACKAGES or available(name) is not None or _hub_offers(name)
+    return name in _PACKAGES or available(name, holds) is not None or _hub_offers(name, holds)
 
 
 def cache_folder() -> Path:
@@ -208,13 +212,13 @@ def _fetch_snapshot(name: str) -> Path:
         ) from error
 
 
-def _hub_offers(name: str) -> bool:
+def _hub_offers(name: str, holds: str) -> bool:
     """One question to the hub, without the half minute of retries of its own client."""
     from huggingface_hub import constants, get_token
 
     if constants.HF_HUB_OFFLINE:
         return False
-    address = f"{constants.ENDPOINT}/{urllib.parse.quote(name)}/resolve/main/config.json"
+    address = f"{constants.ENDPOINT}/{urllib.parse.quote(name)}/resolve/main/{holds}"
     headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
     request = urllib.request.Request(address, headers=headers, method="HEAD")
     try:

@@ -99,6 +99,7 @@ def _model_folders(config: Config) -> list[tuple[str, str]]:
         "thought_space.model": config.thought_space.model,
         "ranker.model": config.ranker.model,
     }
+    models |= {f"engine.adapters.{name}": adapter for name, adapter in config.engine.adapters.items()}
     if "sbert" in config.select.selectors:
         models["select.sbert_model"] = config.select.sbert_model
     # What is no folder here is a name on the model hub.

@@ -10,11 +10,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pulse_ray import models
 from pulse_ray.config import EngineConfig, SamplingConfig
@@ -35,8 +35,8 @@ ENCODED_TEXTS = 256
 """Texts whose tokens are remembered: a prompt is counted before it is sent."""
 
 
-ADAPTER = "adapter_config.json"
-"""The file that makes a folder a LoRA adapter."""
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks of LoRA that vLLM makes room for (its `MaxLoRARanks`)."""
 
 
 class EngineDeathError(GenerationError):
@@ -151,14 +151,14 @@ class Engine:
         )
         try:
             outputs = [result async for result in stream][-1].outputs
-        except EngineDeadError as error:
-            if self._llm is llm:
-                self.close()
-            raise EngineDeathError(
-                f"the engine of '{self.config.model}' died while it wrote",
-                remedy="Run again to go on; if it was short of memory, lower engine.max_num_seqs or engine.kv_cache_gb",
-            ) from error
-        except Exception as error:  # Of any kind: vLLM checks requests in many places, and this one alone failed.
+        except Exception as error:  # Of any kind: vLLM checks requests in many places.
+            if isinstance(error, EngineDeadError) or llm.errored:
+                if self._llm is llm:
+                    self.close()
+                raise EngineDeathError(
+                    f"the engine of '{self.config.model}' died while it wrote",
+                    remedy="Run again to go on; if it lacked memory, lower engine.max_num_seqs or engine.kv_cache_gb",
+                ) from error
             raise RequestError(
                 f"'{self.config.model}' refused a prompt: {first_line(error.__cause__ or error)}",
                 remedy="Check max_tokens and engine.max_model_len",
@@ -176,10 +176,12 @@ class Engine:
         if self._llm is not None:
             return
         folder, adapters = models.resolve(self.config.model), self._adapters
+        rank = _max_rank(adapters.values())
         self._watcher = reaper.watch()
         try:
-            self._llm = _start_vllm(self.config, str(folder), adapters, self.usage)
+            self._llm = _start_vllm(self.config, str(folder), len(adapters), rank, self.usage)
         except Exception as error:  # vLLM raises errors of many kinds, and all mean that it cannot run like this.
+            self._watcher.communicate()
             raise GenerationError(
                 f"vLLM cannot start '{self.config.model}': {first_line(error)}",
                 remedy="Check memory (engine.kv_cache_gb, engine.gpu_memory_utilization), engine.dtype and "
@@ -198,7 +200,7 @@ class Engine:
 
     @cached_property
     def _adapters(self) -> dict[str, Path]:
-        return {name: models.resolve(folder, ADAPTER) for name, folder in self.config.adapters.items()}
+        return {name: models.resolve(folder, models.ADAPTER) for name, folder in self.config.adapters.items()}
 
     def _adapter(self, name: str | None) -> Any:
         from vllm.lora.request import LoRARequest
@@ -243,14 +245,24 @@ def _completion(output: Any, seed: int) -> Completion:
 
 
 def _max_rank(adapters: Iterable[Path]) -> int:
-    """The least of the ranks that vLLM makes room for which holds all adapters."""
-    from vllm.config.lora import MaxLoRARanks
+    """The least of the ranks that vLLM makes room for which holds all adapters.
 
-    largest = max(json.loads((folder / ADAPTER).read_text())["r"] for folder in adapters)
-    return int(min(rank for rank in get_args(MaxLoRARanks) if rank >= largest))
+    Raises:
+        ArtifactError: an adapter says nothing of its rank, or has a larger one than vLLM takes.
+    """
+    found = RANKS[0]
+    for folder in adapters:
+        rank = json.loads((folder / models.ADAPTER).read_text()).get("r")
+        fitting = [room for room in RANKS if rank and room >= rank]
+        if not fitting:
+            raise ArtifactError(
+                f"adapter {folder} has rank {rank}", remedy=f"Use a LoRA of PEFT of rank 1 to {RANKS[-1]}"
+            )
+        found = max(found, fitting[0])
+    return found
 
 
-def _start_vllm(config: EngineConfig, folder: str, adapters: Mapping[str, Path], usage: Usage) -> Any:
+def _start_vllm(config: EngineConfig, folder: str, adapters: int, max_rank: int, usage: Usage) -> Any:
     prepare_environment(config)
     from vllm import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -270,7 +282,7 @@ def _start_vllm(config: EngineConfig, folder: str, adapters: Mapping[str, Path],
 
     special: dict[str, Any] = {}
     if adapters:
-        special = {"enable_lora": True, "max_loras": len(adapters), "max_lora_rank": _max_rank(adapters.values())}
+        special = {"enable_lora": True, "max_loras": adapters, "max_lora_rank": max_rank}
     return AsyncLLM.from_engine_args(
         AsyncEngineArgs(**vllm_arguments(config, folder), **special), stat_loggers=[Counting]
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import sys
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -19,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pulse_ray import models
 from pulse_ray.errors import GenerationError
-from pulse_ray.generation.engine import ADAPTER, Engine, EngineDeathError, Usage
+from pulse_ray.generation.engine import Engine, EngineDeathError, Usage
 from pulse_ray.progress import console
 from pulse_ray.runtime import ShardOutput, run_shards
 from pulse_ray.schema import Reject, table
@@ -64,9 +65,10 @@ def generate(
     settings = stage.config.engine
     models.resolve(settings.model)  # Here first, so that a wrong name is one clear error before any actor starts.
     for adapter in settings.adapters.values():
-        models.resolve(adapter, ADAPTER)
+        models.resolve(adapter, models.ADAPTER)
     allowed = max_reject_fraction * sum(stage.input("examples").num_rows(part) for part in parts)
-    before = sum(stage.rejected().values())
+    todo = set(stage.todo(parts, stage.spec.outputs))  # Of which an attempt that was killed may have left rejects.
+    before = sum(stage.rejects.num_rows(part) for part in stage.rejects.parts() if part not in todo)
 
     def follow(totals: Mapping[str, float], seconds: float) -> dict[str, str]:
         if before + totals.get("rejects", 0) > allowed:
@@ -91,8 +93,8 @@ def generate(
         title=title,
         follow=follow,
     )
-    if again := ray.get(ledger.again.remote()):
-        console.print(f"parts begun again, as an engine died or was killed: {again}")
+    if failed := ray.get(ledger.failed.remote()):
+        console.print(f"attempts at parts that failed, as an engine died or was killed: {failed}")
     if sum(stage.rejected().values()) > allowed:
         raise _too_many(stage, max_reject_fraction)
     return {name: figures.get(name, 0) for name in ("tokens", "prompt_tokens", "cached_tokens")}
@@ -122,19 +124,23 @@ class Ledger:
         """An attempt begins. Whoever is killed in it cannot say so any more, so that is what it is taken for."""
         self._failures[part].append(KILLED)
 
+    def end(self, part: Part) -> None:
+        """The attempt that began last was none of the failures."""
+        self._failures[part].pop()
+
     def blame(self, part: Part, cause: str) -> None:
         """The attempt that began last failed of this."""
         self._failures[part][-1] = cause
 
-    def again(self) -> int:
-        """Attempts beyond the first, of all shards."""
-        return sum(len(attempts) - 1 for attempts in self._failures.values() if attempts)
+    def failed(self) -> int:
+        """Attempts that failed, at all shards."""
+        return sum(map(len, self._failures.values()))
 
 
 def _ledger() -> Any:
     """A ledger beside the driver, so that no other node's loss takes it along."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Ledger).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here).remote()
+    return ray.remote(Ledger).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 class _Persistent:
@@ -144,7 +150,7 @@ class _Persistent:
         self.stage, self.ledger = stage, ledger
         self.worker = worker(*args)
         self.turns = Turns(stage.config.engine.shards_in_flight)
-        self._told = Usage()
+        self._told, self._started = Usage(), False
 
     async def __call__(self, part: Part) -> ShardOutput:
         while True:
@@ -152,14 +158,26 @@ class _Persistent:
             if len(failures) >= self.stage.config.engine.max_shard_attempts:
                 return self._give_up(part, failures)
             async with self.turns.take(alone=bool(failures)):
-                self.worker.engine.start()
+                print(f"{part}: attempt {len(failures) + 1}", file=sys.stderr, flush=True)
                 await self.ledger.begin.remote(part)
                 try:
-                    output = await self.worker(part)
+                    output = await self._write(part)
                 except EngineDeathError as error:
                     await self.ledger.blame.remote(part, error.message)
                     continue
+                await self.ledger.end.remote(part)
             return self._with_usage(output)
+
+    async def _write(self, part: Part) -> ShardOutput:
+        try:
+            self.worker.engine.start()
+        except GenerationError as error:
+            if not self._started:
+                raise
+            # It did run here, so its settings are not to blame: memory may not be back yet.
+            raise EngineDeathError(error.message, remedy=error.remedy) from error
+        self._started = True
+        return await self.worker(part)
 
     def _give_up(self, part: Part, failures: Sequence[str]) -> ShardOutput:
         detail = f"part {part}, {len(failures)} attempts: {'; '.join(dict.fromkeys(failures))}"

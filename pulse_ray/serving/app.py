@@ -337,6 +337,8 @@ def application(config: Config, ranker_class: type[Ranker] = Ranker) -> serve.Ap
     for name in ("items", "sasrec", "ranker", *(("encoders",) if section.reasoner.enabled and compares else ())):
         finished(workspace, name)
     models.resolve(config.ranker.model)
+    if section.reasoner.enabled and (encoder := config.model_of(config.ranker.served(section.variant))):
+        models.resolve(encoder)
     retriever = _deployment(Retriever, section.retriever, section).bind(config)
     ranker = _deployment(ranker_class, section.ranker, section, user_config={"adapter": section.ranker.adapter}).bind(
         config

@@ -18,7 +18,7 @@ from pulse_ray.errors import GenerationError
 from pulse_ray.generation import pool
 from pulse_ray.generation.engine import EngineDeathError, Usage
 from pulse_ray.runtime import ShardOutput
-from pulse_ray.schema import table
+from pulse_ray.schema import Reject, table
 from pulse_ray.workspace import Part, StageRun
 
 # Ray's workers cannot import the tests.
@@ -126,6 +126,17 @@ def test_too_many_rejects_end_the_run_before_it_is_through(tmp_path: Path) -> No
     assert not _attempts(tmp_path, PARTS[-1])
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_rejects_of_an_attempt_that_was_killed_are_not_counted_twice(tmp_path: Path) -> None:
+    settings = {"engine": {"max_shard_attempts": 1, "shards_in_flight": 1}}
+    run = stage("tree", tmp_path, {part: [example(f"u{part[-1]}")] for part in PARTS}, settings)
+    (tmp_path / "attempts").mkdir()
+    run.reject(PARTS[0], [Reject(key="shop/u0/4", reason="shard failed")])  # The part itself was not written.
+    deaths: dict[Part, list[str | None]] = {PARTS[0]: ["engine"]}
+    pool.generate(run, PARTS, Mortal, run, deaths, tmp_path / "attempts", title="test", max_reject_fraction=1 / 6)
+    assert run.rejected() == {"shard failed": 1}
+
+
 def test_one_works_alone_and_the_others_side_by_side() -> None:
     async def run() -> None:
         turns, inside, most = pool.Turns(3), set[int](), 0
@@ -154,4 +165,7 @@ def test_a_ledger_takes_whoever_says_nothing_for_killed() -> None:
     ledger.begin("a")
     ledger.blame("a", "the engine died")
     assert ledger.failures("a") == [pool.KILLED, "the engine died"]
+    ledger.begin("b")
+    ledger.end("b")
     assert ledger.failures("b") == []
+    assert ledger.failed() == 2
