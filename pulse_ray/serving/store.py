@@ -40,17 +40,14 @@ class StoreDownError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredThought:
-    """A node of the tree that the reason was chosen from, as in the `thoughts` table.
-
-    What an older filling kept of a node says nothing of `leaf` and `agreement`: nodes then count as leaves.
-    """
+    """A node of the tree that the reason was chosen from, as in the `thoughts` table."""
 
     node_id: str
     depth: int
     text: str
     mean_logprob: float
-    leaf: bool = True
-    agreement: float | None = None
+    leaf: bool
+    agreement: float | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -116,7 +116,7 @@ def test_retrieved_candidates_are_of_the_domain_and_untouched(tmp_path: Path, us
 def test_profiles_are_kept_for_serving(tmp_path: Path, users: Path) -> None:
     job = prepared(tmp_path, users, keep_profiles=True)
     stored = StoredReason(text="They want Item s9.", agreement=0.5, selector="thought_space", node_id="1", version="v")
-    tree = (StoredThought(node_id="1", depth=1, text=stored.text, mean_logprob=-1.0),)
+    tree = (StoredThought(node_id="1", depth=1, text=stored.text, mean_logprob=-1.0, leaf=True, agreement=None),)
     with opened(job.stage.config) as store:
         store.put([Profile(domain="shop", user_id="b/ob", history=(), reason=stored, tree=tree)], "run")
     ranked(job)

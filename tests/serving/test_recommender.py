@@ -27,7 +27,7 @@ GROWN = Found(
     reason=StoredReason(
         text="New.", agreement=0.2, selector="thought_space", node_id="1", version="thought_space@online"
     ),
-    tree=(StoredThought(node_id="", depth=0, text="Old.", mean_logprob=-1.0),),
+    tree=(StoredThought(node_id="", depth=0, text="Old.", mean_logprob=-1.0, leaf=True, agreement=None),),
 )
 RUNS: list[RankRow] = []
 TYPED = RankRequest.model_validate({"history": [{"item_id": "i1", "review": "Nice"}, {"item_id": "i2", "rating": 3}]})
