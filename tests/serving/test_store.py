@@ -36,7 +36,9 @@ STEP = st.builds(
     Interaction, item_id=TEXT, timestamp=st.integers(0, 2**62), rating=st.none() | NUMBER, review=st.none() | TEXT
 )
 REASON = st.builds(StoredReason, text=TEXT, agreement=st.none() | NUMBER, selector=TEXT, node_id=TEXT, version=TEXT)
-THOUGHT = st.builds(StoredThought, node_id=TEXT, depth=st.integers(0, 9), text=TEXT, mean_logprob=NUMBER)
+THOUGHT = st.builds(
+    StoredThought, node_id=TEXT, depth=st.integers(0, 9), text=TEXT, mean_logprob=NUMBER, agreement=st.none() | NUMBER
+)
 PROFILE = st.builds(
     Profile,
     domain=st.sampled_from(["shop", "books", "a:b"]),
