@@ -12,7 +12,6 @@ the users: its last sample is compared with the one when a tenth of the parts wa
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -60,7 +59,7 @@ def main() -> int:
         "driver_growth": {"value": round(growth, 3), "bar": MAX_GROWTH, "holds": growth <= MAX_GROWTH},
         "driver_growth_across": {"value": round(across, 3), "bar": MAX_GROWTH, "holds": across <= MAX_GROWTH},
     }
-    return report("generation_scale", {"runs": runs}, {**bars})
+    return report("generation_scale", {"runs": runs}, bars)
 
 
 def _run(folder: Path, users: int, model: str) -> Figures:
@@ -99,15 +98,11 @@ def _run(folder: Path, users: int, model: str) -> Figures:
 def _settings(model: str) -> Figures:
     engine = {"model": model, "dtype": "float32", "max_model_len": 768, "max_num_seqs": 128, "kv_cache_gb": 1.0}
     sampling = {"max_tokens": 8, "gates": []}
-    return json.loads(
-        json.dumps(
-            {
-                "seed": SEED,
-                "engine": {**engine, "shards_in_flight": IN_FLIGHT},
-                "tree": {"breadths": [3, 3], "sampling": sampling, "text": {"history_tokens": 120}},
-            }
-        )
-    )
+    return {
+        "seed": SEED,
+        "engine": {**engine, "shards_in_flight": IN_FLIGHT},
+        "tree": {"breadths": [3, 3], "sampling": sampling, "text": {"history_tokens": 120}},
+    }
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ OPERATIONAL = "operational"
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 Selector = Literal["thought_space", "sbert", "encoder_base", "log_likelihood", "random"]
 Variant = Literal["none", "base", Selector]
 
@@ -328,14 +329,16 @@ class SamplingConfig(Section):
     """How completions are drawn."""
 
     max_tokens: Count = 64
-    temperature: Annotated[float, Field(ge=0)] = 0.8
+    temperature: Temperature = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), description="texts that end a completion")
     adapter: str | None = Field(None, description="the one of engine.adapters that writes; unset: the model alone")
     min_words: Count = Field(5, description="a shorter completion is degenerate")
     language: str | None = Field("en", description="ISO 639 code of the language to be written in; null: any")
     gates: tuple[Gate, ...] = Field(GATES, description="what a completion is refused for; an empty one always is")
-    attempts: Count = Field(2, description="draws, each with another seed, before a completion is rejected")
+    attempts: Count = Field(
+        2, description="draws, each with another seed, before a completion is rejected; at temperature 0 there is one"
+    )
 
     @field_validator("language")
     @classmethod
@@ -393,7 +396,7 @@ class TreeConfig(Section):
         None,
         description="refine only so many nodes of a level, those that agree best in the Thought Space; unset: all",
     )
-    temperatures: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+    temperatures: tuple[Temperature, ...] | None = Field(
         None, description="of the base reason and of each level of breadths; unset: sampling.temperature for all"
     )
     neighbour_items: Annotated[int, Field(ge=0)] = Field(

@@ -12,13 +12,20 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import regex
+
 from pulse_ray.schema import History, Interaction, Item
 
 CountTokens = Callable[[str], int]
 """Number of tokens of a text under the tokenizer of the model that will read it."""
 
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+"""Pattern (of `regex`) of a character of the scripts that put no space between words."""
+
 _SPECIAL = re.compile(r"<\|([^|<>]{0,40})\|>")
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+_ASCII_WORD = re.compile(r"\w+(?:['-]\w+)*")
+# Marks belong to the letter before them: the vowels of Hindi are marks.
+_WORD = regex.compile(rf"(?V1)[\w&&{UNSPACED}--\p{{M}}]\p{{M}}*|[\w--{UNSPACED}]+(?:['’-][\w--{UNSPACED}]+)*")
 _BRACKETED = re.compile(r"<[^\s<>]+>|\[[^\s\[\]]+\]")
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|$)|<!--.*?(?:-->|$)", re.DOTALL | re.IGNORECASE)
 _TAG = re.compile(r"</?[A-Za-z!][^<>]*>")
@@ -90,10 +97,16 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
 def words(text: str) -> list[str]:
     """The words of a text, as they are written, without what stands between them.
 
+    In scripts that put no space between words, each character is one.
+
     >>> words("A post-run drink: Kids' Ginger (2 x 50).")
     ['A', 'post-run', 'drink', 'Kids', 'Ginger', '2', 'x', '50']
+    >>> words("मेरी iPhone手机壳")
+    ['मेरी', 'iPhone', '手', '机', '壳']
     """
-    return _WORD.findall(text)
+    # Most text is plain, and the other pattern takes three times as long.
+    found: list[str] = (_ASCII_WORD if text.isascii() else _WORD).findall(text)
+    return found
 
 
 def clip_words(text: str, words: int) -> str:

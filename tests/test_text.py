@@ -49,6 +49,25 @@ def test_clean(raw: str | None, cleaned: str) -> None:
     assert text.clean(text.clean(raw)) == cleaned
 
 
+@given(st.text(st.characters(max_codepoint=127)))
+def test_plain_words_are_those_of_any_text(plain: str) -> None:
+    assert text.words(f"é {plain}") == ["é", *text.words(plain)]
+
+
+@pytest.mark.parametrize(
+    ("raw", "found"),
+    [
+        ("ग्राहक बिना खुशबू वाली क्रीम", ["ग्राहक", "बिना", "खुशबू", "वाली", "क्रीम"]),
+        ("無香料クリーム", [*"無香料クリーム"]),
+        ("ไม่มีน้ำหอม", ["ไ", "ม่", "มี", "น้", "ำ", "ห", "อ", "ม"]),
+        ("향이 없는 크림", ["향이", "없는", "크림"]),
+        ("l’été, e\u0301té", ["l’été", "e\u0301té"]),
+    ],
+)
+def test_words_of_other_scripts(raw: str, found: list[str]) -> None:
+    assert text.words(raw) == found
+
+
 def test_cleaning_hostile_markup_takes_no_time() -> None:
     for hostile in ("<a " + "=" * 200_000 + "<", "<" * 200_000, "<script>" * 30_000, "<!--" * 50_000):
         assert len(text.clean(hostile)) <= len(hostile)

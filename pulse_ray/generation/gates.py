@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
+
+import regex
 
 from pulse_ray.config import SamplingConfig
 from pulse_ray.generation.engine import Completion, RequestError
@@ -19,16 +20,20 @@ MIN_DISTINCT = 0.65
 """A text whose share of distinct three-word runs is lower repeats itself."""
 
 MAX_COPIED = 0.5
-"""A text of which a larger share of three-word runs stands in the task or in reviews copies them."""
+"""A text of which a larger share of three-word runs stands in the task, in reviews or in the prompt copies them."""
 
 MAX_KEPT = 0.9
 """A text of which a larger share of three-word runs stands in the thought that it was to improve left it as it was."""
 
 MIN_COPIED_RUNS = 6
-"""A text of fewer runs than this, which is one of eight words, may fall together with a review."""
+"""A text of fewer runs than this, which is one of eight words, may fall together with a line of the prompt."""
 
 _RUN = 3
-_SENTENCE_END = re.compile(r"[.!?][\"'”’)]?(?=\s|$)")
+# A full stop after "St" or "e.g" ends no sentence. Thai and Lao have no mark: what is cut off in them is refused whole.
+_ABBREVIATED = r"\b(?:\p{Lu}\p{L}{0,2}|approx|e\.g|i\.e|vs)"
+_SENTENCE_END = regex.compile(
+    rf"(?:(?<!{_ABBREVIATED})\.|[!?])[\p{{Pe}}\p{{Pf}}\"']?(?=\s|$)|[。．｡！？؟۔।॥։።။។།][\p{{Pe}}\p{{Pf}}\"']?"
+)
 _Run = tuple[str, ...]
 
 
@@ -110,6 +115,8 @@ async def draw(
             continue
         for place, completion in zip(lacking, completions, strict=True):
             drawn[place] = judge(completion, request, sampling)
+        if sampling.temperature == 0:
+            break  # Another seed would write the same.
     return drawn
 
 
@@ -130,6 +137,8 @@ def tidy(text: str, *, cut: bool, min_words: int) -> str:
     'They like tea.'
     >>> tidy("They like 2.5 litres of", cut=True, min_words=3)
     'They like 2.5 litres of'
+    >>> tidy("They like creams, balms etc. They like St. Ives and", cut=True, min_words=3)
+    'They like creams, balms etc.'
     """
     text = " ".join(text.split())
     ends = [match.end() for match in _SENTENCE_END.finditer(text)] if cut else []
@@ -176,7 +185,12 @@ def copies_prompt(text: str, request: Request) -> bool:
     own = [run for run in runs if run not in named]
     if _share(own, (request.task,)) > MAX_COPIED:
         return True
-    return len(own) >= MIN_COPIED_RUNS and _share(own, request.reviews) > MAX_COPIED
+    if len(own) >= MIN_COPIED_RUNS and _share(own, request.reviews) > MAX_COPIED:
+        return True
+    # The prompt of a refinement holds its thought, of which the text may keep a lot.
+    kept = _all_runs((request.thought,))
+    new = [run for run in own if run not in kept]
+    return len(new) >= MIN_COPIED_RUNS and _share(new, (request.prompt,)) > MAX_COPIED
 
 
 def names_unseen_item(text: str, request: Request) -> bool:

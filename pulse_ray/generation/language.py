@@ -5,7 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from pulse_ray.text import words
+import regex
+
+from pulse_ray.text import UNSPACED, words
 
 MAX_LIKELY = 0.01
 """A text is in another language where its own has no larger probability than this, …"""
@@ -17,6 +19,7 @@ MIN_BYTES = 24
 """… and so many bytes (UTF-8) say so: some five words in Latin letters, eight characters of Chinese."""
 
 _NO_LANGUAGE = "zxx"
+_SPACE_BETWEEN = regex.compile(rf"(?<={UNSPACED}) (?={UNSPACED})")
 
 
 def is_foreign(text: str, language: str) -> bool:
@@ -30,7 +33,8 @@ def is_foreign(text: str, language: str) -> bool:
     >>> is_foreign("a cream such as Crème de Corps Nourrissante for dry skin in winter.", "en")
     False
     """
-    plain = " ".join(word for word in words(text) if not word[0].isupper() and not word[0].isdigit())
+    spaced = " ".join(word for word in words(text) if not word[0].isupper() and not word[0].isdigit())
+    plain = _SPACE_BETWEEN.sub("", spaced)
     if len(plain.encode()) < MIN_BYTES:
         return False
     ranked: dict[str, float] = dict(_identifier().rank(plain))

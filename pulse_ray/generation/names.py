@@ -1,7 +1,8 @@
 """What a domain's items are called, as far as a text can be told to name one: runs of words, kept as hashes.
 
 Only a run that few titles hold tells an item, and only where it is written as a name: "Lavender Dish Soap" names an
-item where "a dish soap with lavender" describes one. Titles without capital letters can therefore not be recognised.
+item where "a dish soap with lavender" describes one. Titles without capital letters or digits, as in scripts without
+case, can therefore not be recognised.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import compress, islice
+from hashlib import blake2b
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -96,14 +98,17 @@ def of_catalogue(items: Catalogue, sampling: SamplingConfig) -> dict[str, ItemNa
     return {domain: ItemNames([item.title for item in held.values()]) for domain, held in items.items()}
 
 
+@lru_cache(maxsize=2**16)
 def _is_name(word: str) -> bool:
-    return not word.islower()
+    """A word with an upper-case letter or a digit: in scripts without case, no word but one with a digit."""
+    return word != word.lower() or any(map(str.isdigit, word))
 
 
 @lru_cache(maxsize=2**16)
 def _hash(word: str) -> int:
-    # Python's own hash differs between processes; an index is built and asked in one.
-    return hash(f"^{word.casefold()}" if _is_name(word) else word) & _MASK
+    # Python's own hash differs between processes, and verdicts would with it where words share a bucket.
+    marked = f"^{word.casefold()}" if _is_name(word) else word
+    return int.from_bytes(blake2b(marked.encode(), digest_size=8).digest(), "little")
 
 
 def _mixed(hashes: Sequence[int]) -> int:
@@ -120,10 +125,7 @@ def _holds(kept: Hashes, wanted: int) -> bool:
 
 def _chunks(titles: Sequence[str]) -> Iterator[list[str]]:
     """The titles, each once."""
-    seen = np.fromiter(map(hash, titles), np.int64, len(titles))
-    first = np.zeros(len(titles), bool)
-    first[np.unique(seen, return_index=True)[1]] = True
-    rest = compress(titles, first)
+    rest = iter(dict.fromkeys(titles))
     while chunk := list(islice(rest, _CHUNK)):
         yield chunk
 

@@ -27,6 +27,10 @@ MERGES = (
     "{% set s = messages[0].content %}{% for m in messages[1:] %}<{{ m.role }}>"
     "{% if loop.first %}{{ s }} / {% endif %}{{ m.content }}<end>{% endfor %}"
 )
+DATED = "{{ strftime_now('%d %b %Y') }}" + TURNS
+LLAMA = (
+    "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }}"
+)
 THINKS = TURNS + "<assistant>{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}"
 
 
@@ -44,8 +48,10 @@ def _tokenizer(template: str | None) -> Any:
         (DROPS, "<user>Explain.\n\nWhy tea?<end>"),
         (MERGES, "<user>Explain. / Why tea?<end>"),
         (THINKS, "<system>Explain.<end><user>Why tea?<end><assistant><think></think>"),
+        (DATED, "26 Jul 2024<system>Explain.<end><user>Why tea?<end>"),
+        (LLAMA + TURNS, "26 Jul 2024<system>Explain.<end><user>Why tea?<end>"),
     ],
-    ids=["turns", "refuses", "drops", "merges", "thinks"],
+    ids=["turns", "refuses", "drops", "merges", "thinks", "dated", "llama"],
 )
 def test_every_kind_of_template_is_told_all_and_answers_at_once(template: str, rendered: str) -> None:
     assert chat.render(_tokenizer(template), MESSAGES) == rendered
