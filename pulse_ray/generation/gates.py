@@ -30,7 +30,7 @@ MIN_COPIED_RUNS = 6
 
 _RUN = 3
 # A full stop after "St" or "e.g" ends no sentence. Thai and Lao have no mark: what is cut off in them is refused whole.
-_ABBREVIATED = r"\b(?:\p{Lu}\p{L}{0,2}|approx|e\.g|i\.e|vs)"
+_ABBREVIATED = r"\b(?:St|Dr|Mr|Mrs|Ms|No|Vol|approx|e\.g|i\.e|vs)"
 _SENTENCE_END = regex.compile(
     rf"(?:(?<!{_ABBREVIATED})\.|[!?])[\p{{Pe}}\p{{Pf}}\"']?(?=\s|$)|[。．｡！？؟۔।॥։።။។།][\p{{Pe}}\p{{Pf}}\"']?"
 )

@@ -90,7 +90,7 @@ def test_a_refinement_may_keep_most_of_the_thought_in_its_prompt() -> None:
         ("creams. They look for things without perfume in", None),
         ("creams without any perfume. They like it.", "creams without any perfume. They like it."),
         ("creams without any perfume. Creams by St. Ives that do not", "creams without any perfume."),
-        ("creams by Dr. Brown, e.g. those by J. Smith that", None),
+        ("creams by Dr. Brown, e.g. those by St. Ives that", None),
         ("creams without any perfume, balms etc. They like", "creams without any perfume, balms etc."),
         ("没有香味的护肤霜。她的皮肤在冬", "没有香味的护肤霜。"),
         ("「香りのないクリーム。」冬は肌が", "「香りのないクリーム。」"),
