@@ -138,9 +138,8 @@ class Engine:
 
         self.start()
         llm = self._llm
-        drawn = (
-            n if sampling.temperature > 0 else 1
-        )  # Greedy siblings are all the same, and vLLM refuses to write them.
+        # Greedy siblings are all the same, and vLLM refuses to write more than one.
+        drawn = n if sampling.temperature > 0 else 1
         # Tokens rather than text: the template already wrote the opening token, which must not come twice.
         stream = llm.generate(
             TokensPrompt(prompt_token_ids=self._encode(prompt)),

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pulse_ray import models
 from pulse_ray.errors import GenerationError
-from pulse_ray.generation.engine import Engine, EngineDeathError, Usage
+from pulse_ray.generation.engine import Engine, Usage
 from pulse_ray.progress import console
 from pulse_ray.runtime import ShardOutput, run_shards
 from pulse_ray.schema import Reject, table
@@ -161,23 +161,17 @@ class _Persistent:
                 print(f"{part}: attempt {len(failures) + 1}", file=sys.stderr, flush=True)
                 await self.ledger.begin.remote(part)
                 try:
-                    output = await self._write(part)
-                except EngineDeathError as error:
+                    self.worker.engine.start()
+                    self._started = True
+                    output = await self.worker(part)
+                except GenerationError as error:
+                    # It died, or does not come up again; that it never ran is its settings' fault.
+                    if not self._started:
+                        raise
                     await self.ledger.blame.remote(part, error.message)
                     continue
                 await self.ledger.end.remote(part)
             return self._with_usage(output)
-
-    async def _write(self, part: Part) -> ShardOutput:
-        try:
-            self.worker.engine.start()
-        except GenerationError as error:
-            if not self._started:
-                raise
-            # It did run here, so its settings are not to blame: memory may not be back yet.
-            raise EngineDeathError(error.message, remedy=error.remedy) from error
-        self._started = True
-        return await self.worker(part)
 
     def _give_up(self, part: Part, failures: Sequence[str]) -> ShardOutput:
         detail = f"part {part}, {len(failures)} attempts: {'; '.join(dict.fromkeys(failures))}"
