@@ -47,12 +47,8 @@ class Mortal:
         note.touch()
         try:
             await asyncio.sleep(0.5)
-            while (
-                part in self.deaths
-                and attempt == 0
-                and len(self.at_work) == 1 < self.run.config.engine.shards_in_flight
-            ):
-                await asyncio.sleep(0.05)  # It is to take others along.
+            if part in self.deaths and attempt == 0:
+                await self._company()
             note.write_text(",".join(sorted(self.at_work)))
             plan = self.deaths.get(part, [None])
             match plan[min(attempt, len(plan) - 1)]:
@@ -74,6 +70,13 @@ class Mortal:
         return ShardOutput(
             tables={"thoughts": table("thoughts", [{**row, "example_id": key}])}, examples=1, figures={"tokens": 1}
         )
+
+    async def _company(self) -> None:
+        """Waits a while for others to take along; where all others are done, none will come."""
+        for _ in range(60):
+            if len(self.at_work) > 1:
+                return
+            await asyncio.sleep(0.05)
 
 
 def _generate(
