@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from werkzeug.serving import make_server
 from pulse_ray import cli
 from pulse_ray.config import PoolConfig
 from pulse_ray.errors import ArtifactError
+from pulse_ray.generation.engine import Usage
 from pulse_ray.pipeline import plan
 from pulse_ray.runtime import ShardOutput, run_shards
 from pulse_ray.schema import Reject, table
@@ -52,6 +54,16 @@ class Writer:
         row |= {"prompt_sha": "0" * 12, "seed": 1, "finish_reason": "stop", "num_tokens": 3}
         rejects = [Reject(key=f"shop/{part}/5", reason="too short")]
         return ShardOutput(tables={"rationales": table("rationales", [row])}, examples=2, rejects=rejects)
+
+
+class EngineWriter(Writer):
+    """The same as the command runs it: with an engine, which here writes nothing."""
+
+    def __init__(self, *_: object) -> None:
+        self.engine: Any = SimpleNamespace(start=lambda: None, usage=Usage())
+
+    async def __call__(self, part: Part) -> ShardOutput:  # type: ignore[override]
+        return replace(super().__call__(part), figures={"tokens": 3})
 
 
 def job(folder: Path, storage: str | None = None) -> StageRun:
@@ -152,7 +164,7 @@ def test_storage_that_becomes_read_only_stops_the_job_and_writable_it_goes_on(di
 def test_the_command_says_in_one_line_that_the_disk_is_full(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pulse_ray.rationales.stage.RationaleWorker", Writer)
+    monkeypatch.setattr("pulse_ray.rationales.stage.RationaleWorker", EngineWriter)
     examples = {part: [example()] for part in PARTS}
     settings = {"rationales": {"max_reject_fraction": 1.0}}
     shop = stage("rationales", disk.folder, examples, settings)

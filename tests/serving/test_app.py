@@ -102,7 +102,7 @@ def test_a_stored_user_is_ranked_with_the_stored_reason(client: httpx.Client, co
     folder = Path(Workspace(config.storage, config.name).artefact("ranker").path) / "log_likelihood"
     digest = hashlib.sha256((folder / app.WEIGHTS).read_bytes()).hexdigest()
     assert found["model_version"] == f"log_likelihood@{digest[:12]}"
-    reason = shop.THOUGHTS["2"]
+    reason = shop.reason(0)
     assert (found["reason"]["source"], found["reason"]["text"]) == ("store", reason)
     assert found["reason"]["agreement"] == -1.25
     # The same logits as the scorer gives outside of Serve.
@@ -305,11 +305,13 @@ def test_a_ranker_that_dies_under_load_loses_no_request_that_is_tried_twice(
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         asking = [pool.submit(ask) for _ in range(CLIENTS)]
-        _until(lambda: len(answered) > 20)
-        killed = time.monotonic()
-        _kill_replica("Ranker")
-        _until(lambda: len(answered) > 20 and answered[-1] > killed + 2)
-        over.set()
+        try:
+            _until(lambda: len(answered) > 20)
+            killed = time.monotonic()
+            _kill_replica("Ranker")
+            _until(lambda: len(answered) > 20 and answered[-1] > killed + 2)
+        finally:
+            over.set()  # Or who asks would go on for ever.
         for one in asking:
             one.result()
     recovered = min(moment for moment in answered if moment > killed + 1) - killed
@@ -353,12 +355,14 @@ def test_another_adapter_and_store_take_over_while_requests_flow_and_the_reasone
     filling.fill(changed)
     with ThreadPoolExecutor(3) as pool:
         asking = [pool.submit(ask) for _ in range(3)]
-        serve.run(app.application(changed), name=app.NAME, route_prefix="/")
-        deadline = time.monotonic() + PATIENCE_S
-        while not (answers and answers[-1].is_success and answers[-1].json()["model_version"] == expected):
-            assert time.monotonic() < deadline, answers[-1].text
-            time.sleep(0.2)
-        done = True
+        try:
+            serve.run(app.application(changed), name=app.NAME, route_prefix="/")
+            deadline = time.monotonic() + PATIENCE_S
+            while not (answers and answers[-1].is_success and answers[-1].json()["model_version"] == expected):
+                assert time.monotonic() < deadline, answers[-1].text
+                time.sleep(0.2)
+        finally:
+            done = True
         for one in asking:
             one.result()
     assert {answer.status_code for answer in answers} == {200}
