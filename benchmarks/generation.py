@@ -59,6 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the tiny model alone, 16 users, one turn")
     parser.add_argument("--turns", type=int, default=2, help="times that ours and the ceiling run, in turn (default 2)")
+    parser.add_argument("--only", choices=("tiny", "smollm2"), help="one of the two models")
     parser.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -67,9 +68,9 @@ def main() -> int:
         return 0
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        chosen = {"tiny": str(tiny.make(Path(folder) / "tiny"))}
-        if not options.quick:
-            chosen["smollm2"] = SMOLLM2
+        both = {"tiny": str(tiny.make(Path(folder) / "tiny")), "smollm2": SMOLLM2}
+        only = "tiny" if options.quick else options.only
+        chosen = {name: model for name, model in both.items() if only in (None, name)}
         users, turns = (16, 1) if options.quick else (64, options.turns)
         for name, model in chosen.items():
             figures[name] = _compare({"model": model, "users": users}, turns)
