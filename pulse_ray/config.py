@@ -29,6 +29,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -47,8 +48,10 @@ Variant = Literal["none", "base", Selector]
 
 BY_BEHAVIOUR: frozenset[Variant] = frozenset({"thought_space", "sbert", "encoder_base"})
 """Selectors that compare a thought with the behaviour's text."""
+
 Gate = Literal["cut off", "too short", "repeats itself", "copies the prompt", "names an unseen item", "wrong language"]
 GATES: tuple[Gate, ...] = get_args(Gate)
+
 _CODES = """
 ace af am an ar ary arz as az ba bcl be bg bn br bs ca crh cs cy da de dz el en eo es et eu ext fa fi fo fr
 fuv fy ga gcf gcr gd gl gom grc gu gug guw ha hbo he hi hr ht hu hy id ig is it ja jv ka kab kik kk km kn ko
@@ -58,6 +61,15 @@ zh zu
 """
 LANGUAGES = tuple(_CODES.split())
 """ISO 639 codes of the languages that py3langid tells apart."""
+
+
+def _differ(values: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError(f"{info.field_name} repeat: {values}")
+    return values
+
+
+DISTINCT = AfterValidator(_differ)
 
 
 class Section(BaseModel):
@@ -335,7 +347,9 @@ class SamplingConfig(Section):
     adapter: str | None = Field(None, description="the one of engine.adapters that writes; unset: the model alone")
     min_words: Count = Field(5, description="a shorter completion is degenerate")
     language: str | None = Field("en", description="ISO 639 code of the language to be written in; null: any")
-    gates: tuple[Gate, ...] = Field(GATES, description="what a completion is refused for; an empty one always is")
+    gates: Annotated[tuple[Gate, ...], DISTINCT] = Field(
+        GATES, description="what a completion is refused for; an empty one always is"
+    )
     attempts: Count = Field(
         2, description="draws, each with another seed, before a completion is rejected; at temperature 0 there is one"
     )
@@ -346,13 +360,6 @@ class SamplingConfig(Section):
         if language is not None and language not in LANGUAGES:
             raise ValueError(f"language '{language}' cannot be told; known are {', '.join(LANGUAGES)}")
         return language
-
-    @field_validator("gates")
-    @classmethod
-    def _distinct(cls, gates: tuple[Gate, ...]) -> tuple[Gate, ...]:
-        if len(set(gates)) < len(gates):
-            raise ValueError(f"gates repeat: {gates}")
-        return gates
 
 
 def _template_of(stage: str) -> AfterValidator:
@@ -422,7 +429,7 @@ class TreeConfig(Section):
 class SelectConfig(Section):
     """Which leaf becomes the reason. One row per example and selector."""
 
-    selectors: Annotated[tuple[Selector, ...], Field(min_length=1)] = Field(
+    selectors: Annotated[tuple[Selector, ...], Field(min_length=1), DISTINCT] = Field(
         ("thought_space", "log_likelihood"),
         description="`thought_space`, `sbert`, `encoder_base`: nearest to the behaviour under the trained encoders, "
         "select.sbert_model or the untrained thought_space.model; `log_likelihood`: likeliest under the language "
@@ -435,13 +442,6 @@ class SelectConfig(Section):
         "deployable", description="`oracle` scores leaves against the target too (Eq. 2 as printed): it sees the label"
     )
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
-
-    @field_validator("selectors")
-    @classmethod
-    def _distinct(cls, selectors: tuple[Selector, ...]) -> tuple[Selector, ...]:
-        if len(set(selectors)) < len(selectors):
-            raise ValueError(f"selectors repeat: {selectors}")
-        return selectors
 
 
 class LoraConfig(Section):
@@ -458,7 +458,12 @@ class RankerConfig(Section):
     """Phase II: LoRA and a scalar head, one logit per candidate, listwise cross-entropy (Eq. 3)."""
 
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    variants: Annotated[tuple[Variant, ...], Field(min_length=1)] = ("none", "base", "log_likelihood", "thought_space")
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1), DISTINCT] = (
+        "none",
+        "base",
+        "log_likelihood",
+        "thought_space",
+    )
     max_tokens: Count = Field(512, description="tokens of a prompt without its candidates")
     candidate_tokens: Count = Field(32, description="tokens kept of a candidate's text")
     reason_tokens: Count = Field(64, description="tokens kept of a reason")
@@ -466,13 +471,6 @@ class RankerConfig(Section):
     lora: LoraConfig = LoraConfig()
     gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
     training: TrainingConfig = TrainingConfig(epochs=2, batch_size=8, lr=2e-4, precision="bf16")
-
-    @field_validator("variants")
-    @classmethod
-    def _distinct(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
-        if len(set(variants)) < len(variants):
-            raise ValueError(f"variants repeat: {variants}")
-        return variants
 
     def served(self, variant: Variant | None) -> Variant:
         """The variant that ranks for users: the one named, else `thought_space`, else the last one."""
@@ -482,18 +480,11 @@ class RankerConfig(Section):
 class EvaluateConfig(Section):
     """Metrics with bootstrap intervals on the stored candidates, and the report."""
 
-    splits: Annotated[tuple[Literal["validation", "test"], ...], Field(min_length=1)] = ("test",)
+    splits: Annotated[tuple[Literal["validation", "test"], ...], Field(min_length=1), DISTINCT] = ("test",)
     bootstrap_samples: Count = 2000
     report_users: Annotated[int, Field(ge=0)] = Field(5, description="users whose tree and ranking the report shows")
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
     token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the scorer")
-
-    @field_validator("splits")
-    @classmethod
-    def _distinct(cls, splits: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(splits)) < len(splits):
-            raise ValueError(f"splits repeat: {splits}")
-        return splits
 
 
 class ScoreConfig(Section):
