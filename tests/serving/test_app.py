@@ -6,6 +6,7 @@ and what replaces it comes last.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import shutil
@@ -241,8 +242,15 @@ def _kill_replica(deployment: str) -> None:
     """Ends the process of a deployment's only replica without a warning."""
     # Only what this session's Ray has started.
     ours = psutil.Process().children(recursive=True)
-    [replica] = [one for one in ours if f":{deployment}" in "".join(one.cmdline()[:1])]
+    [replica] = [one for one in ours if f":{deployment}" in _title(one)]
     replica.kill()
+
+
+def _title(process: psutil.Process) -> str:
+    """What a process calls itself; nothing where it has ended."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return "".join(process.cmdline()[:1])
+    return ""
 
 
 def _until(reached: Callable[[], Any]) -> float:
