@@ -1,6 +1,6 @@
 """Trees for 64 users: ours, raw vLLM that is given a whole level at once, and ray.data.llm with a processor per level.
 
-    python -m benchmarks.generation            # SmolLM2-135M and a tiny random model: about 25 minutes on two cores
+    python -m benchmarks.generation            # SmolLM2-135M and a tiny random model: about 45 minutes on two cores
     python -m benchmarks.generation --quick    # the tiny model and 16 users: some minutes
 
 All three grow the same trees with the same code, prompts, seeds and engine settings; what differs is who carries the

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,18 @@ def main() -> int:
         for users in sizes:
             runs.append(_run(Path(folder) / str(users), users, model))
             print(runs[-1], file=sys.stderr, flush=True)
-    slope, _ = np.polyfit(np.log([run["users"] for run in runs]), np.log([run["seconds"] for run in runs]), 1)
+    return report("generation_scale", {"runs": runs}, _bars(runs))
+
+
+def _bars(runs: Sequence[Figures]) -> dict[str, dict[str, Any]]:
+    slope = float(np.polyfit(np.log([run["users"] for run in runs]), np.log([run["seconds"] for run in runs]), 1)[0])
     growth = max(run["driver_end_mib"] / run["driver_settled_mib"] for run in runs)
     across = runs[-1]["driver_end_mib"] / runs[0]["driver_end_mib"]
-    bars = {
-        "exponent": {"value": round(float(slope), 3), "bar": MAX_EXPONENT, "holds": slope <= MAX_EXPONENT},
+    return {
+        "exponent": {"value": round(slope, 3), "bar": MAX_EXPONENT, "holds": slope <= MAX_EXPONENT},
         "driver_growth": {"value": round(growth, 3), "bar": MAX_GROWTH, "holds": growth <= MAX_GROWTH},
         "driver_growth_across": {"value": round(across, 3), "bar": MAX_GROWTH, "holds": across <= MAX_GROWTH},
     }
-    return report("generation_scale", {"runs": runs}, bars)
 
 
 def _run(folder: Path, users: int, model: str) -> Figures:
