@@ -1,7 +1,7 @@
 """The whole pipeline, real vLLM, DeepSpeed and Ray on tiny random models, disturbed in two ways that must not show.
 
 As a job on two nodes, the second of which is killed in the middle of the trees; and on this machine alone, with a
-driver that is killed in training and interrupted in scoring. Both must account for every example, and agree on
+driver that is killed among the trees and interrupted in training. Both must account for every example, and agree on
 every row.
 """
 
@@ -134,11 +134,12 @@ def _finish(config: Path) -> str:
     return log
 
 
-def _stop_when(config: Path, reached: Callable[[], bool], how: signal.Signals) -> int:
-    """Starts a run and signals its driver as soon as `reached` is true. Returns the exit code."""
+def _stop_when(config: Path, reached: Callable[[Workspace], bool], how: signal.Signals) -> int:
+    """Starts a run and signals its driver as soon as `reached` is true of the workspace. Returns the exit code."""
+    workspace = _workspace(config)
     driver = _start(config)
     deadline = time.monotonic() + PATIENCE_S
-    while not reached():
+    while not reached(workspace):
         assert driver.poll() is None, config.with_suffix(".log").read_text()
         assert time.monotonic() < deadline, config.with_suffix(".log").read_text()
         time.sleep(0.1)
@@ -184,13 +185,21 @@ def test_a_driver_killed_and_interrupted_gives_the_same_rows(job: Job, configure
         if (source / name).exists():  # Not every stage rejects something.
             shutil.copytree(source / name, target / name)
 
-    folder = Path(_workspace(killed).path)
-    checkpoints = folder / "ranker" / "thought_space" / "checkpoints" / "run"
-    _stop_when(killed, lambda: any(checkpoints.glob("checkpoint_*")), signal.SIGKILL)
-    assert conditions(load(killed))["ranker"] == "partial"
-    interrupted = _stop_when(killed, (folder / "scores" / "begin.json").exists, signal.SIGINT)
+    def some_thoughts(workspace: Workspace) -> bool:
+        return len(workspace.artefact("thoughts").parts()) > 0 and workspace.artefact("thoughts").manifest() is None
+
+    def first_checkpoint(workspace: Workspace) -> bool:
+        return len(list(Path(workspace.path).glob("ranker/thought_space/checkpoints/run/checkpoint_*"))) > 0
+
+    _stop_when(killed, some_thoughts, signal.SIGKILL)
+    thoughts = _workspace(killed).artefact("thoughts")
+    committed = {part: thoughts.read_bytes(f"{part}.parquet") for part in thoughts.parts()}
+    assert conditions(load(killed))["tree"] == "partial"
+    interrupted = _stop_when(killed, first_checkpoint, signal.SIGINT)
     assert interrupted == 130, killed.with_suffix(".log").read_text()
-    assert conditions(load(killed))["evaluate"] == "partial"
+    assert conditions(load(killed))["ranker"] == "partial"
+    for part, content in committed.items():
+        assert thoughts.read_bytes(f"{part}.parquet") == content, "done again"
     _finish(killed)
     accounting.check(_workspace(killed))
     for table in ("thoughts", "reasons", "scores"):
