@@ -8,9 +8,11 @@ prompts to an engine and when. Ours is the `tree` stage on a local Ray. The ceil
 each level, and only the time inside these calls counts. ray.data.llm gets a dataset for each level and starts an engine
 for each, as one who uses it would; it has no siblings, so each is a row of its own.
 
-Time begins with an engine's first step and ends with the last part or row, so no start-up counts; `startup_s` is the
-rest of the wall-clock time. The share of prompt tokens that the prefix cache had is read from our engine, and compared
-with what whole blocks of equal tokens allow when nothing is ever evicted.
+No start of an engine counts; `startup_s` is the rest of the wall-clock time. Ours runs from where the first part begins
+to the last part, with all prompts, tables and the first load of our tokenizer; the ceiling counts what happens inside
+`generate`; ray.data.llm runs from each engine's first step to its last row. The share of prompt tokens that the prefix
+cache had is read from our engine, and compared with what whole blocks of equal tokens allow when nothing is ever
+evicted.
 """
 
 from __future__ import annotations
