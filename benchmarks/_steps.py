@@ -1,4 +1,7 @@
-"""An executor for vLLM that notes when it was first asked to compute, where only the engine itself can see it."""
+"""An executor for vLLM that notes when its second step began, where only the engine itself can see it.
+
+In the first it may still compile.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ NOTES = "PULSE_RAY_STEPS"
 class Noting(UniProcExecutor):
     """As the executor that the engines of pulse_ray use on CPU."""
 
-    noted = False
+    steps = 0
 
     def execute_model(self, *args: Any, **kwargs: Any) -> Any:
         """Computes a step."""
-        if not self.noted:
-            self.noted = True
+        self.steps += 1
+        if self.steps == 2:
             with Path(os.environ[NOTES]).open("a") as notes:
                 notes.write(f"{time.time()}\n")
         return super().execute_model(*args, **kwargs)

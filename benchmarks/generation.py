@@ -8,11 +8,14 @@ prompts to an engine and when. Ours is the `tree` stage on a local Ray. The ceil
 each level, and only the time inside these calls counts. ray.data.llm gets a dataset for each level and starts an engine
 for each, as one who uses it would; it has no siblings, so each is a row of its own.
 
-No start of an engine counts; `startup_s` is the rest of the wall-clock time. Ours runs from where the first part begins
-to the last part, with all prompts, tables and the first load of our tokenizer; the ceiling counts what happens inside
-`generate`; ray.data.llm runs from each engine's first step to its last row. The share of prompt tokens that the prefix
-cache had is read from our engine, and compared with what whole blocks of equal tokens allow when nothing is ever
-evicted.
+Ours has an engine for each core (`--engines`) with a thread each, as its pool allows; the others have one engine that
+computes with all cores, ray.data.llm one after another.
+
+No start of an engine counts; `startup_s` is the rest of the wall-clock time. An engine has started when it wrote its
+first token, as vLLM compiles a part of its sampler for that. Ours runs from when all engines have started to the last
+part, with all prompts and tables; the ceiling counts what happens inside `generate`; ray.data.llm runs from the second
+step of each level's engine to its last row. The share of prompt tokens that the prefix caches had is read from our
+engines, and compared with what whole blocks of equal tokens allow when nothing is ever evicted.
 """
 
 from __future__ import annotations
@@ -47,7 +50,13 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SYSTEMS = ("ceiling", "ours", "ray_data_llm")
 BREADTHS = (3, 3)
 MAX_TOKENS = 32
+WARMING = "Once"
+"""What an engine reads first; it is not measured."""
+
 SEED = 11
+PARTS_IN_FLIGHT = 2
+"""Of each of our engines, whose work is that many parts."""
+
 QUIET_S = 0.5
 """When no tree has asked for anything this long, a level is complete."""
 
@@ -61,6 +70,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the tiny model alone, 16 users, one turn")
     parser.add_argument("--turns", type=int, default=2, help="times that ours and the ceiling run, in turn (default 2)")
+    parser.add_argument("--engines", type=int, default=os.cpu_count(), help="engines of ours (default: one for a core)")
     parser.add_argument("--only", choices=("tiny", "smollm2"), help="one of the two models")
     parser.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
@@ -75,7 +85,7 @@ def main() -> int:
         chosen = {name: model for name, model in both.items() if only in (None, name)}
         users, turns = (16, 1) if options.quick else (64, options.turns)
         for name, model in chosen.items():
-            figures[name] = _compare({"model": model, "users": users}, turns)
+            figures[name] = _compare({"model": model, "users": users, "engines": options.engines}, turns)
     return report("generation", figures, _bars(figures))
 
 
@@ -116,13 +126,17 @@ def _child(system: str, settings: Figures) -> Figures:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _measure(system: str, model: str, users: int) -> Figures:
+def _measure(system: str, model: str, users: int, engines: int) -> Figures:
     sampling = {"max_tokens": MAX_TOKENS, "attempts": 1, "gates": []}
     # The budget of blocks is no matter here: every prompt and its tree fit at once.
     engine = {"model": model, "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 128, "kv_cache_gb": 4.0}
+    if system == "ours":
+        threads = max(1, (os.cpu_count() or 1) // engines)
+        engine |= {"threads": threads, "pool": {"min": engines, "max": engines}, "shards_in_flight": PARTS_IN_FLIGHT}
     settings = {"seed": SEED, "engine": engine, "tree": {"breadths": BREADTHS, "sampling": sampling}}
     with tempfile.TemporaryDirectory() as folder:
-        stage = tree_run(Config.model_validate(configure(Path(folder), users, settings)), users // 2)
+        part_users = -(-users // (PARTS_IN_FLIGHT * engines))
+        stage = tree_run(Config.model_validate(configure(Path(folder), users, settings)), part_users)
         os.environ["PULSE_RAY_STEPS"] = f"{folder}/steps"
         begun = time.time()
         measured = {"ceiling": _ceiling, "ours": _ours, "ray_data_llm": _ray_data_llm}[system](stage, Path(folder))
@@ -136,16 +150,21 @@ def _measure(system: str, model: str, users: int) -> Figures:
 
 
 class Timed(TreeWorker):
-    """Notes when its engine was up, and what it was asked."""
+    """Waits until all engines are up; then notes when it began, and what its engine was asked."""
 
     def __init__(self, stage: StageRun, folder: Path) -> None:
         super().__init__(stage)
         self.engine, self.folder = Asked(stage.config.engine), folder
 
     async def __call__(self, part: Part) -> ShardOutput:
+        await self.engine.complete(WARMING, 1, 0, SamplingConfig(max_tokens=1))
+        (self.folder / f"{os.getpid()}.up").touch()
+        while len(list(self.folder.glob("*.up"))) < self.stage.config.engine.pool.max:
+            await asyncio.sleep(0.1)
         begun = time.time()
         output = await super().__call__(part)
-        (self.folder / f"{part}.json").write_text(json.dumps({"begun": begun, "asked": self.engine.asked}))
+        note = {"begun": begun, "engine": os.getpid(), "asked": self.engine.asked}
+        (self.folder / f"{part}.json").write_text(json.dumps(note))
         return output
 
 
@@ -171,10 +190,12 @@ def _ours(stage: StageRun, folder: Path) -> Figures:
         figures = generate(stage, parts, Timed, stage, folder, title="trees", max_reject_fraction=0.0)
     ended = max((Path(stage.output("thoughts").path) / f"{part}.parquet").stat().st_mtime for part in parts)
     notes = [json.loads((folder / f"{part}.json").read_text()) for part in parts]
-    asked = max((note["asked"] for note in notes), key=len)  # One engine: the last part knows all.
+    by_age = sorted(notes, key=lambda note: len(note["asked"]))
+    asked = {note["engine"]: note["asked"] for note in by_age}  # An engine's last part knows all of its requests.
     return {
         **{name: int(value) for name, value in figures.items()},
-        "possible_cached_tokens": _possible(Engine(stage.config.engine), asked),
+        "possible_cached_tokens": sum(_possible(Engine(stage.config.engine), one) for one in asked.values()),
+        "requests_by_engine": [len(one) for one in asked.values()],
         "seconds": ended - min(note["begun"] for note in notes),
     }
 
@@ -240,6 +261,7 @@ def _ceiling(stage: StageRun, folder: Path) -> Figures:
     from vllm import LLM, SamplingParams
 
     llm = LLM(**vllm_arguments(config, str(models.resolve(config.model))), disable_log_stats=True)
+    llm.generate([WARMING], SamplingParams(max_tokens=1, logprobs=0), use_tqdm=False)
     measured = {"tokens": 0, "seconds": 0.0}
 
     def answer(requests: list[Request], sampling: SamplingConfig) -> list[str]:
@@ -287,6 +309,7 @@ def _ray_data_llm(stage: StageRun, folder: Path) -> Figures:
                     "seed": row["seed"],
                     "max_tokens": sampling.max_tokens,
                     "temperature": sampling.temperature,
+                    "logprobs": 0,
                 },
             },
             postprocess=lambda row: {
