@@ -29,6 +29,8 @@ class SeparateRanker(Ranker):
         return f"{self._current().version}, {self.at_once or 'all'} at once"
 
     async def _warm_up(self, loaded: Loaded) -> None:
+        # Its own attention: the packed one is for packed rows.
+        loaded.scorer.ranker.model.get_base_model().set_attn_implementation("sdpa")
         taken_s: dict[int | None, float] = {}
         for self.at_once in (1, None):
             await super()._warm_up(loaded)
@@ -46,9 +48,10 @@ class SeparateRanker(Ranker):
         logits: list[float] = []
         for start in range(0, len(sequences), step):
             part = [torch.tensor(sequence) for sequence in sequences[start : start + step]]
-            tokens = torch.nn.utils.rnn.pad_sequence(part, True, loaded.scorer.encoder.pad_token)
+            model = loaded.scorer.ranker.model
+            tokens = torch.nn.utils.rnn.pad_sequence(part, True, model.get_base_model().config.pad_token_id)
             lengths = torch.tensor([len(sequence) for sequence in part])
             mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-            found = loaded.scorer.ranker.model(input_ids=tokens, attention_mask=mask).logits
+            found = model(input_ids=tokens, attention_mask=mask).logits
             logits += found.squeeze(-1).tolist()
         return logits

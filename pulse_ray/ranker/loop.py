@@ -20,7 +20,7 @@ from pulse_ray.schema import Split, histories
 from pulse_ray.workspace import Artefact, Part
 
 VALIDATION_TOKENS = 8192
-"""Padded tokens in one forward pass of the validation."""
+"""Tokens in one forward pass of the validation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class RankerTask:
 
     def _batch(self, engine: nn.Module, rows: Sequence[TokenRow], indices: Sequence[int]) -> PackedBatch:
         device = next(engine.parameters()).device
-        return pack([rows[index] for index in indices], self.encoder.pad_token).to(device)
+        return pack([rows[index] for index in indices]).to(device)
 
     def save(self, module: nn.Module, folder: Path) -> None:
         assert isinstance(module, model.PackedRanker)

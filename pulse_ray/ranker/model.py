@@ -16,13 +16,13 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
 
 from pulse_ray import models
 from pulse_ray.config import LoraConfig, RankerConfig
 from pulse_ray.errors import ArtifactError, TrainingError
-from pulse_ray.ranker.packing import PackedBatch
+from pulse_ray.ranker import attention
+from pulse_ray.ranker.packing import PAD, PackedBatch
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 """Attention projections as Llama, Qwen, Gemma, Mistral (separate) and Phi-3/4 (fused) name them."""
@@ -37,7 +37,7 @@ class PackedRanker(nn.Module):
         self.model = model
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Logits: [B, K] float32. Only the ends of the candidates go through the head."""
+        """Logits: [B, K] float32, -inf for candidates that a row does not have. Only their ends go through the head."""
         return self._logits(self._hidden(batch, None), batch)
 
     def remember(self, prompt: PackedBatch) -> DynamicCache:
@@ -52,28 +52,26 @@ class PackedRanker(nn.Module):
         Args:
             candidates: a batch of one row, without a prompt.
         """
-        hidden_BLD = self._hidden(candidates, cache)
-        cache.crop(-hidden_BLD.shape[1])
-        return self._logits(hidden_BLD, candidates)
+        hidden_TD = self._hidden(candidates, cache)
+        cache.crop(-len(hidden_TD))
+        return self._logits(hidden_TD, candidates)
 
     def _hidden(self, batch: PackedBatch, cache: DynamicCache | None) -> torch.Tensor:
-        """The last hidden states: [B, L, D]. Positions and mask go on from what the cache holds."""
+        """The last hidden states: [T, D]. Positions go on from what the cache holds."""
         base = self.model.get_base_model()
         seen = cache.get_seq_length() if cache is not None else 0
-        # The 4-D mask must be given: without one, transformers takes restarting positions for separate sequences.
-        hidden_BLD: torch.Tensor = getattr(base, base.base_model_prefix)(
-            input_ids=batch.input_ids_BL,
-            position_ids=batch.positions_BL + seen,
-            attention_mask=F.pad(batch.mask_B1LL, (seen, 0), value=True),
+        hidden_1TD: torch.Tensor = getattr(base, base.base_model_prefix)(
+            input_ids=batch.input_ids_T[None],
+            position_ids=batch.positions_T[None] + seen,
             past_key_values=cache,
             use_cache=cache is not None,
+            packing=batch,
         ).last_hidden_state
-        return hidden_BLD
+        return hidden_1TD[0]
 
-    def _logits(self, hidden_BLD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-        rows_B1 = torch.arange(len(hidden_BLD), device=hidden_BLD.device)[:, None]
-        logits_BK: torch.Tensor = self.model.get_base_model().score(hidden_BLD[rows_B1, batch.ends_BK]).squeeze(-1)
-        return logits_BK.float()
+    def _logits(self, hidden_TD: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+        logits_BK: torch.Tensor = self.model.get_base_model().score(hidden_TD[batch.ends_BK]).squeeze(-1)
+        return logits_BK.float().masked_fill(batch.ends_BK == PAD, -torch.inf)
 
 
 def tokenizer(name: str) -> Any:
@@ -92,7 +90,7 @@ def base_model(name: str, dtype: torch.dtype) -> nn.Module:
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=dtype, attn_implementation="sdpa"
+            folder, num_labels=1, dtype=dtype, attn_implementation=attention.NAME
         )
     except ValueError as error:
         raise ArtifactError(f"model '{name}' cannot rank: {error}", remedy="Choose a causal language model") from error

@@ -1,16 +1,17 @@
-"""Packing: one sequence holds the prompt and all K candidates; each candidate sees the prompt and itself.
+"""Packing: one sequence holds the prompts and all candidates of some rows; each candidate sees its prompt and itself.
 
-Every candidate starts at the position that follows the prompt, so its logit is what a sequence of its own would give,
-at P + K·s tokens instead of K(P + s).
+Every candidate starts at the position that follows its prompt, so its logit is what a sequence of its own would give,
+at P + K·s tokens instead of K(P + s). Rows of any length follow each other without padding: of the attention alone,
+which is given in parts, some are padded.
 
-Shape suffixes: B rows, L packed tokens, K candidates.
+Shape suffixes: B rows, P prompt tokens, K candidates, S tokens of one, T tokens of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,9 @@ from pulse_ray.ranker.prompts import RankRow, answer, question
 from pulse_ray.schema import Item
 from pulse_ray.text import control_tokens, history_text, neutralise
 
-PROMPT, PAD = 0, -1
+PAD = -1
+"""The place of what is not there."""
+
 REMEMBERED = 65_536
 """Candidates, and lines of histories, whose tokens an encoder remembers: some 60 MB at most."""
 
@@ -41,55 +44,69 @@ class TokenRow:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """Packed rows, padded on the right.
+    """Rows without padding: first all prompts, then all candidates, of which some rows may have fewer.
 
-    `input_ids_BL`, `positions_BL`: int64. `segments_BL`: 0 for the prompt, k for candidate k = 1 … K, -1 for padding.
-    `ends_BK`: the place of each candidate's last token.
+    `input_ids_T`, `positions_T`: int64. `prompts_BP`, `candidates_BKS`: the place in T of every token, -1 for padding.
+    `slots_T`: the place of every token in those two, laid flat one after the other. `ends_BK`: the place of each
+    candidate's last token, -1 for none.
     """
 
-    input_ids_BL: torch.Tensor
-    positions_BL: torch.Tensor
-    segments_BL: torch.Tensor
+    input_ids_T: torch.Tensor
+    positions_T: torch.Tensor
+    prompts_BP: torch.Tensor
+    candidates_BKS: torch.Tensor
+    slots_T: torch.Tensor
     ends_BK: torch.Tensor
+    prompt_padding_BP: torch.Tensor | None
+    """Bool: where `prompts_BP` is padding; None where nothing is."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch(
-            **{name: value.to(device) for name, value in vars(self).items() if name.endswith(("_BL", "_BK"))}
-        )
-
-    @cached_property
-    def mask_B1LL(self) -> torch.Tensor:
-        """Bool: whether the query (row) may attend to the key (column)."""
-        query_BL1, key_B1L = self.segments_BL[:, :, None], self.segments_BL[:, None, :]
-        length = self.segments_BL.shape[1]
-        causal_LL = torch.ones(length, length, dtype=torch.bool, device=self.segments_BL.device).tril()
-        # Padding attends to padding: a row of a softmax without a single key would be NaN.
-        return (causal_LL & ((key_B1L == PROMPT) | (key_B1L == query_BL1)))[:, None]
+        return PackedBatch(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
 
 
-def pack(rows: Sequence[TokenRow], pad_token: int) -> PackedBatch:
-    """Rows with the same number of candidates as one batch."""
-    length = max(row.packed_length for row in rows)
-    shape = (len(rows), length)
-    tokens, positions, segments = np.full(shape, pad_token), np.zeros(shape, np.int64), np.full(shape, PAD)
-    ends = np.zeros((len(rows), len(rows[0].candidates)), np.int64)
-    for place, row in enumerate(rows):
-        prompt = len(row.prompt)
-        sizes = np.array([len(candidate) for candidate in row.candidates], dtype=np.int64)
-        used = prompt + sizes.sum()
-        tokens[place, :used] = np.concatenate([row.prompt, *row.candidates])
-        segments[place, :used] = np.repeat(np.arange(1 + len(sizes)), [prompt, *sizes])
-        starts = prompt + np.cumsum(sizes) - sizes
-        # In every candidate positions go on from the prompt: the place less what the candidates before it take.
-        positions[place, :used] = np.arange(used) - np.repeat([0, *(starts - prompt)], [prompt, *sizes])
-        ends[place] = starts + sizes - 1
-    return PackedBatch(
-        input_ids_BL=torch.from_numpy(tokens.astype(np.int64)),
-        positions_BL=torch.from_numpy(positions),
-        segments_BL=torch.from_numpy(segments.astype(np.int64)),
-        ends_BK=torch.from_numpy(ends),
+def pack(rows: Sequence[TokenRow]) -> PackedBatch:
+    """Rows as one batch."""
+    prompt_B, counts_B = (
+        np.array(sizes, np.int64) for sizes in zip(*((len(r.prompt), len(r.candidates)) for r in rows), strict=True)
     )
+    size_N = np.array([len(candidate) for row in rows for candidate in row.candidates], np.int64)
+    row_N = np.repeat(np.arange(len(rows)), counts_B)
+    place_N = np.arange(len(size_N)) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
+    sizes = np.concatenate([prompt_B, size_N])
+    starts = np.cumsum(sizes) - sizes
+    start_N = starts[len(rows) :]
+    # In every candidate positions go on from its prompt.
+    first = np.concatenate([np.zeros_like(prompt_B), prompt_B[row_N]])
+    prompts_BP = _places(starts[: len(rows)], prompt_B)
+    candidates_BKS = np.full((len(rows), counts_B.max(), size_N.max(initial=0)), PAD)
+    candidates_BKS[row_N, place_N] = _places(start_N, size_N)
+    ends_BK = np.full(candidates_BKS.shape[:2], PAD)
+    ends_BK[row_N, place_N] = start_N + size_N - 1
+    padded = np.concatenate([prompts_BP.ravel(), candidates_BKS.ravel()])
+    used = np.flatnonzero(padded != PAD)
+    slots_T = np.empty_like(used)
+    slots_T[padded[used]] = used
+    tokens = [*(row.prompt for row in rows), *(candidate for row in rows for candidate in row.candidates)]
+    arrays = {
+        "input_ids_T": np.concatenate(tokens, dtype=np.int64, casting="unsafe"),
+        "positions_T": np.arange(sizes.sum()) + np.repeat(first - starts, sizes),
+        "prompts_BP": prompts_BP,
+        "candidates_BKS": candidates_BKS,
+        "slots_T": slots_T,
+        "ends_BK": ends_BK,
+    }
+    padding_BP = prompts_BP == PAD
+    return PackedBatch(
+        **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        prompt_padding_BP=torch.from_numpy(padding_BP) if padding_BP.any() else None,
+    )
+
+
+def _places(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Places of pieces' tokens, padded: [pieces, longest]."""
+    offsets = np.arange(sizes.max(initial=0))
+    return np.where(offsets < sizes[:, None], starts[:, None] + offsets, PAD)
 
 
 def chunks(row: TokenRow, token_budget: int) -> Iterator[TokenRow]:
@@ -107,13 +124,15 @@ def chunks(row: TokenRow, token_budget: int) -> Iterator[TokenRow]:
 
 
 def budgeted(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Batches of row indices of similar length, each of at most `token_budget` padded tokens, or of one row."""
+    """Batches of row indices, shortest rows first, each of at most `token_budget` tokens, or of one row."""
     batch: list[int] = []
+    used = 0
     for index in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-        if batch and (len(batch) + 1) * lengths[index] > token_budget:
+        if batch and used + lengths[index] > token_budget:
             yield batch
-            batch = []
+            batch, used = [], 0
         batch.append(index)
+        used += lengths[index]
     if batch:
         yield batch
 
@@ -131,7 +150,6 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, config: RankerConfig) -> None:
         self.tokenizer, self.config = tokenizer, config
         self.special = control_tokens(tokenizer)
-        self.pad_token: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         # Many users share items; lines with reviews and items of a large catalogue are kept only as far as they fit.
         self._candidate = lru_cache(REMEMBERED)(self._encode_candidate)
         self._line_tokens = lru_cache(REMEMBERED)(self.count)

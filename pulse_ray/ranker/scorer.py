@@ -35,7 +35,7 @@ class Scorer:
 
         Args:
             rows: any histories with any number of candidates.
-            token_budget: padded tokens in one forward pass. Of a row that is longer, the prompt is read once and
+            token_budget: tokens in one forward pass. Of a row that is longer, the prompt is read once and
                 remembered, and the candidates follow in chunks; only a prompt or a candidate by itself is never cut.
         """
         return self.score_tokens([self.encode(row) for row in rows], token_budget)
@@ -48,18 +48,17 @@ class Scorer:
     def score_tokens(self, tokens: Sequence[TokenRow], token_budget: int) -> list[np.ndarray]:
         """`score`, for rows that are encoded already."""
         scored: list[np.ndarray] = [np.zeros(0, np.float32)] * len(tokens)
-        by_count: dict[int, list[int]] = {}
+        together: list[int] = []
         for place, row in enumerate(tokens):
             if row.packed_length > token_budget:
                 scored[place] = self._in_chunks(row, token_budget)
             elif row.candidates:
-                by_count.setdefault(len(row.candidates), []).append(place)
-        for places in by_count.values():
-            for batch in budgeted([tokens[place].packed_length for place in places], token_budget):
-                chosen = [places[index] for index in batch]
-                packed = self._pack([tokens[place] for place in chosen])
-                for place, logits in zip(chosen, self.ranker(packed).cpu().numpy(), strict=True):
-                    scored[place] = logits
+                together.append(place)
+        for batch in budgeted([tokens[place].packed_length for place in together], token_budget):
+            chosen = [together[index] for index in batch]
+            logits_BK = self.ranker(self._pack([tokens[place] for place in chosen])).cpu().numpy()
+            for place, logits_K in zip(chosen, logits_BK, strict=True):
+                scored[place] = logits_K[: len(tokens[place].candidates)]
         return scored
 
     def _in_chunks(self, row: TokenRow, token_budget: int) -> np.ndarray:
@@ -72,4 +71,4 @@ class Scorer:
         return logits
 
     def _pack(self, rows: Sequence[TokenRow]) -> PackedBatch:
-        return pack(rows, self.encoder.pad_token).to(self.device)
+        return pack(rows).to(self.device)

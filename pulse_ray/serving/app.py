@@ -161,9 +161,9 @@ class Ranker:
         """Two passes over a long row: the first takes longer than any later one, and the second tells a row's time."""
         from pulse_ray.ranker.packing import TokenRow
 
-        section, token = self.config.ranker, loaded.scorer.encoder.pad_token
-        candidate = [token] * section.candidate_tokens
-        tokens = TokenRow(prompt=[token] * section.max_tokens, candidates=[candidate] * self.config.serve.retrieve_k)
+        section = self.config.ranker
+        candidate = [0] * section.candidate_tokens
+        tokens = TokenRow(prompt=[0] * section.max_tokens, candidates=[candidate] * self.config.serve.retrieve_k)
         for _ in range(2):
             self._admission.row_s = None
             await self._together([self._encoded(tokens, loaded)])

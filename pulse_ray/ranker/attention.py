@@ -1,0 +1,112 @@
+"""Attention over packed rows in parts, where a mask would make every token look at all of them.
+
+A prompt attends to itself, and a candidate to its prompt and itself: P²/2 + K·s·(P + s) products of a query and a key
+for a row, where (P + K·s)² stand under a mask. It is one of transformers' attention functions, so every model that asks
+their registry for attention can rank.
+
+Shape suffixes: B rows, P prompt tokens, K candidates, S tokens of one, T tokens of the batch, H query heads, G key
+heads, Q query heads of a key head, D dimensions of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from pulse_ray.ranker.packing import PackedBatch
+
+NAME = "pulse_ray_packed"
+"""Of the function in transformers' registry."""
+
+
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    packing: PackedBatch,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of packed rows, as transformers calls it in every layer.
+
+    Args:
+        query: [1, H, T, D].
+        key: [1, G, T, D]; with a prompt that is remembered from before, its keys stand first.
+        value: as `key`.
+        attention_mask: none; `packing` says it all.
+        packing: of the tokens T.
+        scaling: of the products.
+
+    Returns:
+        [1, T, H, D], and no weights.
+    """
+    query_THD, key_TGD, value_TGD = (states[0].transpose(0, 1) for states in (query, key, value))
+    remembered = len(key_TGD) - len(query_THD)
+    own_key_TGD, own_value_TGD = key_TGD[remembered:], value_TGD[remembered:]
+    prompts = packing.prompts_BP
+    prompt_key_BPGD, prompt_value_BPGD = own_key_TGD[prompts], own_value_TGD[prompts]
+    parts = []
+    if prompts.numel():
+        parts.append(_prompts(query_THD[prompts], prompt_key_BPGD, prompt_value_BPGD, scaling))
+    if remembered:
+        prompt_key_BPGD, prompt_value_BPGD = key_TGD[None, :remembered], value_TGD[None, :remembered]
+    if packing.candidates_BKS.numel():
+        parts.append(
+            _candidates(
+                query_THD[packing.candidates_BKS],
+                (prompt_key_BPGD, prompt_value_BPGD),
+                (own_key_TGD[packing.candidates_BKS], own_value_TGD[packing.candidates_BKS]),
+                None if remembered else packing.prompt_padding_BP,
+                scaling,
+            )
+        )
+    return torch.cat(parts)[packing.slots_T][None], None
+
+
+def _prompts(
+    query_BPHD: torch.Tensor, key_BPGD: torch.Tensor, value_BPGD: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """Causal attention of the prompts: [B · P, H, D]. Padding stands last, where no token of a prompt sees it."""
+    query, key, value = (states.transpose(1, 2) for states in (query_BPHD, key_BPGD, value_BPGD))
+    found = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return found.transpose(1, 2).flatten(0, 1)
+
+
+def _candidates(
+    query_BKSHD: torch.Tensor,
+    prompt_BPGD: tuple[torch.Tensor, torch.Tensor],
+    own_BKSGD: tuple[torch.Tensor, torch.Tensor],
+    padding_BP: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of the candidates to keys and values of their prompts and their own: [B · K · S, H, D]."""
+    heads, size = prompt_BPGD[0].shape[2], query_BKSHD.shape[2]
+    query_BGQKSD = (query_BKSHD * scaling).unflatten(3, (heads, -1)).permute(0, 3, 4, 1, 2, 5)
+    prompt_key_BGDP = prompt_BPGD[0].permute(0, 2, 3, 1)
+    prompt_value_BGPD = prompt_BPGD[1].transpose(1, 2)
+    own_key_BG1KDS, own_value_BG1KSD = (
+        own_BKSGD[0].permute(0, 3, 1, 4, 2)[:, :, None],
+        own_BKSGD[1].permute(0, 3, 1, 2, 4)[:, :, None],
+    )
+    # One product with a prompt's keys for all queries that share them.
+    to_prompt = (query_BGQKSD.flatten(2, 4) @ prompt_key_BGDP).unflatten(2, query_BGQKSD.shape[2:5])
+    if padding_BP is not None:
+        to_prompt = to_prompt.masked_fill(padding_BP[:, None, None, None, None], -torch.inf)
+    to_own = query_BGQKSD @ own_key_BG1KDS
+    later_SS = torch.ones(size, size, dtype=torch.bool, device=to_own.device).triu(1)
+    to_own = to_own.masked_fill(later_SS, -torch.inf)
+    weights = torch.cat([to_prompt, to_own], dim=-1).softmax(dim=-1, dtype=torch.float32).to(query_BKSHD.dtype)
+    on_prompt, on_own = weights.split([to_prompt.shape[-1], size], dim=-1)
+    found_BGQKSD = (on_prompt.flatten(2, 4) @ prompt_value_BGPD).unflatten(2, query_BGQKSD.shape[2:5])
+    found_BGQKSD = found_BGQKSD + on_own @ own_value_BG1KSD
+    return found_BGQKSD.permute(0, 3, 4, 1, 2, 5).flatten(3, 4).flatten(0, 2)
+
+
+AttentionInterface.register(NAME, attend)
