@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -31,7 +31,6 @@ from torch.nn import functional as F
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from benchmarks._report import report
-from pulse_ray import models
 from pulse_ray.config import RankerConfig
 from pulse_ray.ranker import attention, model
 from pulse_ray.ranker.packing import TokenRow, pack
@@ -80,7 +79,8 @@ class Case:
         folder.mkdir(parents=True)
         base = str(_phi3(folder / "base")) if name == "phi3" else SMOLLM2
         self.name, self.precision, self.folder = name, precision, folder
-        self.config = RankerConfig.model_validate({"model": base, "training": {"precision": precision}})
+        settings = {"model": base, "training": {"precision": precision}, "lora": {"dropout": 0.0}}
+        self.config = RankerConfig.model_validate(settings)
         ranker = model.create(self.config)
         model.save(ranker, folder / "adapter", self.config)
         merged = ranker.model.merge_and_unload()
@@ -271,14 +271,20 @@ def _child(which: str, case: Case, **settings: Any) -> Figures:
 
 
 def _memory(folder: str, how: str) -> Figures:
-    """What a training step adds to the memory of a process at its peak."""
+    """What a training step adds to the memory of a process at its peak, which is forgotten before it."""
     config = RankerConfig.model_validate_json((Path(folder) / "ranker.json").read_text())
-    models.resolve(config.model)
     ranker = model.create(config)
-    _step(ranker, how, TokenRow(prompt=[1] * 8, candidates=[[1]] * 2 * 2))  # What is loaded once counts for neither.
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _step(ranker, how, TokenRow(prompt=[1] * 8, candidates=[[1]] * 4))  # What is loaded once counts for neither.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
     _step(ranker, how, _users(1, 10, 0)[0])
-    return {"peak_mib": round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)}
+    return {"peak_mib": round((_status_kib("VmHWM") - before) / 1024, 1)}
+
+
+def _status_kib(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1])
 
 
 def _vllm(folder: str, candidates: int, users: int) -> Figures:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel
 
 from pulse_ray import models
 
@@ -14,11 +14,17 @@ TOKENIZER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER_TOKENIZER = "sentence-transformers/all-MiniLM-L6-v2"
 
 
-def make(folder: Path) -> Path:
-    """Saves the model in `folder` (two layers of 64 dimensions; nearly all of its weights are the vocabulary's)."""
+def make(folder: Path, architecture: str = "llama", **settings: Any) -> Path:
+    """Saves the model in `folder` (two layers of 64 dimensions; nearly all of its weights are the vocabulary's).
+
+    Args:
+        architecture: transformers' name of it.
+        settings: more of its configuration.
+    """
     tokenizer = AutoTokenizer.from_pretrained(models.resolve(TOKENIZER))
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        architecture,
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
@@ -30,8 +36,9 @@ def make(folder: Path) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **settings,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

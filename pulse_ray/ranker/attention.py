@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from pulse_ray.errors import ArtifactError
 from pulse_ray.ranker.packing import PackedBatch
 
 NAME = "pulse_ray_packed"
@@ -32,9 +33,11 @@ def attend(
     *,
     packing: PackedBatch,
     scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of packed rows, as transformers calls it in every layer.
+    """Attention of packed rows, as transformers calls it in every layer. It has no dropout.
 
     Args:
         query: [1, H, T, D].
@@ -43,12 +46,24 @@ def attend(
         attention_mask: none; `packing` says it all.
         packing: of the tokens T.
         scaling: of the products.
+        sliding_window: tokens that a token sees, itself included; None for all.
+        softcap: what the layer bounds the products by.
 
     Returns:
         [1, T, H, D], and no weights.
+
+    Raises:
+        ArtifactError: the layer bounds its products, or sees fewer tokens than a prompt and a candidate have.
     """
     query_THD, key_TGD, value_TGD = (states[0].transpose(0, 1) for states in (query, key, value))
     remembered = len(key_TGD) - len(query_THD)
+    longest = remembered + packing.prompts_BP.shape[1] + packing.candidates_BKS.shape[2]
+    if softcap is not None or longest > (sliding_window or longest):
+        sees = "caps its attention" if softcap is not None else f"sees {sliding_window} of {longest} tokens at a time"
+        raise ArtifactError(
+            f"the model cannot rank: a layer of it {sees}",
+            remedy="Choose another ranker.model, or lower ranker.max_tokens",
+        )
     own_key_TGD, own_value_TGD = key_TGD[remembered:], value_TGD[remembered:]
     prompts = packing.prompts_BP
     prompt_key_BPGD, prompt_value_BPGD = own_key_TGD[prompts], own_value_TGD[prompts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pulse_ray.config import RankerConfig, TrainingConfig
+from pulse_ray.errors import ArtifactError
 from pulse_ray.ranker import attention, model
 from pulse_ray.ranker.packing import PromptEncoder, TokenRow, budgeted, pack
 from pulse_ray.ranker.prompts import RankRow
@@ -52,6 +54,10 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RankerConfig:
 
 @pytest.fixture(scope="module")
 def ranker(config: RankerConfig) -> model.PackedRanker:
+    return create(config)
+
+
+def create(config: RankerConfig) -> model.PackedRanker:
     torch.manual_seed(0)
     made = model.create(config).eval()
     for name, parameter in made.named_parameters():
@@ -84,6 +90,49 @@ def test_packed_logits_equal_separate_ones(ranker: model.PackedRanker, encoder: 
         expected = separate(ranker, entry)
         assert expected.std() > 0.1, "nothing to tell apart"
         torch.testing.assert_close(logits[: len(expected)], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("phi3", {"sliding_window": 2048}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 32}),
+        ("mistral", {"head_dim": 32, "sliding_window": 2048}),
+        ("gemma", {"head_dim": 32}),
+        ("gemma3_text", {"head_dim": 32, "sliding_window": 2048, "query_pre_attn_scalar": 32}),
+    ],
+)
+@torch.no_grad()
+def test_architectures_rank_as_they_would_with_separate_sequences(
+    architecture: str, settings: dict[str, Any], config: RankerConfig, encoder: PromptEncoder, tmp_path: Path
+) -> None:
+    ranker = create(config.model_copy(update={"model": str(tiny.make(tmp_path, architecture, **settings))}))
+    tokens = encoder.encode(row(3), ITEMS)
+    expected = separate(ranker, tokens)
+    assert expected.std() > 0.01, "nothing to tell apart"
+    torch.testing.assert_close(ranker(pack([tokens]))[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings", "cause"),
+    [
+        ("gemma2", {"head_dim": 32}, "caps its attention"),
+        ("mistral", {"head_dim": 32, "sliding_window": 50}, "sees 50 of"),
+    ],
+)
+@torch.no_grad()
+def test_an_attention_that_parts_would_change_is_refused(
+    architecture: str,
+    settings: dict[str, Any],
+    cause: str,
+    config: RankerConfig,
+    encoder: PromptEncoder,
+    tmp_path: Path,
+) -> None:
+    ranker = create(config.model_copy(update={"model": str(tiny.make(tmp_path, architecture, **settings))}))
+    with pytest.raises(ArtifactError, match=cause):
+        ranker(pack([encoder.encode(row(3), ITEMS)]))
 
 
 def test_packed_gradients_equal_separate_ones(ranker: model.PackedRanker, encoder: PromptEncoder) -> None:
