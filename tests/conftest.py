@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from pulse_ray.config import ClusterConfig
 from pulse_ray.runtime import cluster
 
 ROOT = Path(__file__).parents[1]
+
+# vLLM compiles a helper of its sampler when an engine writes its first token: seconds that a test with few tokens never
+# earns back. tests/generation/test_engine.py lets it.
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 # What a test takes on a busy machine says nothing about it.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -28,7 +28,8 @@ def _adapter(model: Path, folder: Path, rank: int) -> Path:
 
 
 @pytest.mark.slow
-def test_an_engine_writes_refuses_dies_and_writes_on(tmp_path: Path) -> None:
+def test_an_engine_writes_refuses_dies_and_writes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_COMPILE_DISABLE")
     model = tiny.make(tmp_path / "model")
     adapter = _adapter(model, tmp_path / "adapter", 4)
     engine = Engine(
