@@ -46,9 +46,9 @@ class SeparateRanker(Ranker):
         sequences = [row.prompt + candidate for candidate in row.candidates]
         step = self.at_once or len(sequences)
         logits: list[float] = []
+        model = loaded.scorer.ranker.model
         for start in range(0, len(sequences), step):
             part = [torch.tensor(sequence) for sequence in sequences[start : start + step]]
-            model = loaded.scorer.ranker.model
             tokens = torch.nn.utils.rnn.pad_sequence(part, True, model.get_base_model().config.pad_token_id)
             lengths = torch.tensor([len(sequence) for sequence in part])
             mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()

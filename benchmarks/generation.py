@@ -130,12 +130,13 @@ def _measure(system: str, model: str, users: int, engines: int) -> Figures:
     sampling = {"max_tokens": MAX_TOKENS, "attempts": 1, "gates": []}
     # The budget of blocks is no matter here: every prompt and its tree fit at once.
     engine = {"model": model, "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 128, "kv_cache_gb": 4.0}
+    engines = min(engines, users // PARTS_IN_FLIGHT)  # Each gets a part, or the others would wait for it for ever.
     if system == "ours":
         threads = max(1, (os.cpu_count() or 1) // engines)
         engine |= {"threads": threads, "pool": {"min": engines, "max": engines}, "shards_in_flight": PARTS_IN_FLIGHT}
     settings = {"seed": SEED, "engine": engine, "tree": {"breadths": BREADTHS, "sampling": sampling}}
     with tempfile.TemporaryDirectory() as folder:
-        part_users = -(-users // (PARTS_IN_FLIGHT * engines))
+        part_users = users // (PARTS_IN_FLIGHT * engines)
         stage = tree_run(Config.model_validate(configure(Path(folder), users, settings)), part_users)
         os.environ["PULSE_RAY_STEPS"] = f"{folder}/steps"
         begun = time.time()

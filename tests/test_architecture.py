@@ -45,7 +45,7 @@ LIBRARIES = {
     "vllm": ("generation.engine",),
     "torch": (
         *("models", "training", "candidates.sasrec", "candidates.losses", "thought_space.*"),
-        *("ranker.packing", "ranker.model", "ranker.loop", "ranker.scorer"),
+        *("ranker.packing", "ranker.attention", "ranker.model", "ranker.loop", "ranker.scorer"),
     ),
     "deepspeed": ("training",),
     "transformers": ("models", "generation.engine", "thought_space.encoders", "ranker.*"),

@@ -1,8 +1,8 @@
 """Attention over packed rows in parts, where a mask would make every token look at all of them.
 
 A prompt attends to itself, and a candidate to its prompt and itself: P²/2 + K·s·(P + s) products of a query and a key
-for a row, where (P + K·s)² stand under a mask. It is one of transformers' attention functions, so every model that asks
-their registry for attention can rank.
+for a row, where (P + K·s)² stand under a mask. It is one of transformers' attention functions, so a model that asks
+their registry for causal attention can rank.
 
 Shape suffixes: B rows, P prompt tokens, K candidates, S tokens of one, T tokens of the batch, H query heads, G key
 heads, Q query heads of a key head, D dimensions of a head.
@@ -33,8 +33,9 @@ def attend(
     *,
     packing: PackedBatch,
     scaling: float,
-    sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    position_bias: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of packed rows, as transformers calls it in every layer. It has no dropout.
@@ -43,27 +44,27 @@ def attend(
         query: [1, H, T, D].
         key: [1, G, T, D]; with a prompt that is remembered from before, its keys stand first.
         value: as `key`.
-        attention_mask: none; `packing` says it all.
+        attention_mask: must be None, as `packing` says who sees whom.
         packing: of the tokens T.
         scaling: of the products.
-        sliding_window: tokens that a token sees, itself included; None for all.
-        softcap: what the layer bounds the products by.
+        softcap: as `attention_mask`, and so are those that follow: what some models do to the products.
 
     Returns:
         [1, T, H, D], and no weights.
 
     Raises:
-        ArtifactError: the layer bounds its products, or sees fewer tokens than a prompt and a candidate have.
+        ArtifactError: it is another attention than that of products under a softmax, each token to those before it.
     """
+    special = {"mask": attention_mask, "softcap": softcap, "s_aux": s_aux, "position_bias": position_bias}
+    given = [name for name, value in special.items() if value is not None]
+    if given or not getattr(module, "is_causal", True):
+        raise ArtifactError(
+            f"the model cannot rank: {type(module).__name__} has an attention of its own "
+            f"({', '.join(given) or 'to later tokens'})",
+            remedy="Choose a Llama, Qwen, Gemma 1 or 3, Mistral or Phi model",
+        )
     query_THD, key_TGD, value_TGD = (states[0].transpose(0, 1) for states in (query, key, value))
     remembered = len(key_TGD) - len(query_THD)
-    longest = remembered + packing.prompts_BP.shape[1] + packing.candidates_BKS.shape[2]
-    if softcap is not None or longest > (sliding_window or longest):
-        sees = "caps its attention" if softcap is not None else f"sees {sliding_window} of {longest} tokens at a time"
-        raise ArtifactError(
-            f"the model cannot rank: a layer of it {sees}",
-            remedy="Choose another ranker.model, or lower ranker.max_tokens",
-        )
     own_key_TGD, own_value_TGD = key_TGD[remembered:], value_TGD[remembered:]
     prompts = packing.prompts_BP
     prompt_key_BPGD, prompt_value_BPGD = own_key_TGD[prompts], own_value_TGD[prompts]
@@ -103,7 +104,7 @@ def _candidates(
 ) -> torch.Tensor:
     """Attention of the candidates to keys and values of their prompts and their own: [B · K · S, H, D]."""
     heads, size = prompt_BPGD[0].shape[2], query_BKSHD.shape[2]
-    query_BGQKSD = (query_BKSHD * scaling).unflatten(3, (heads, -1)).permute(0, 3, 4, 1, 2, 5)
+    query_BGQKSD = query_BKSHD.unflatten(3, (heads, -1)).permute(0, 3, 4, 1, 2, 5)
     prompt_key_BGDP = prompt_BPGD[0].permute(0, 2, 3, 1)
     prompt_value_BGPD = prompt_BPGD[1].transpose(1, 2)
     own_key_BG1KDS, own_value_BG1KSD = (
@@ -117,7 +118,8 @@ def _candidates(
     to_own = query_BGQKSD @ own_key_BG1KDS
     later_SS = torch.ones(size, size, dtype=torch.bool, device=to_own.device).triu(1)
     to_own = to_own.masked_fill(later_SS, -torch.inf)
-    weights = torch.cat([to_prompt, to_own], dim=-1).softmax(dim=-1, dtype=torch.float32).to(query_BKSHD.dtype)
+    scores = torch.cat([to_prompt, to_own], dim=-1).float() * scaling
+    weights = scores.softmax(dim=-1).to(query_BKSHD.dtype)
     on_prompt, on_own = weights.split([to_prompt.shape[-1], size], dim=-1)
     found_BGQKSD = (on_prompt.flatten(2, 4) @ prompt_value_BGPD).unflatten(2, query_BGQKSD.shape[2:5])
     found_BGQKSD = found_BGQKSD + on_own @ own_value_BG1KSD

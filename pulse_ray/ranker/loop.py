@@ -104,7 +104,7 @@ class RankerTask:
     def validate(self, engine: nn.Module, rank: int, world: int) -> dict[str, tuple[float, int]]:
         share = list(range(len(self.validation)))[rank::world]
         loss, hits = 0.0, 0
-        for places in budgeted([self.validation[index].packed_length for index in share], VALIDATION_TOKENS):
+        for places in budgeted([self.validation[index] for index in share], VALIDATION_TOKENS):
             indices = [share[place] for place in places]
             logits_BK = engine(self._batch(engine, self.validation, indices)).cpu()
             targets_B = torch.tensor([self.validation_targets[index] for index in indices])

@@ -22,7 +22,7 @@ from pulse_ray import models
 from pulse_ray.config import LoraConfig, RankerConfig
 from pulse_ray.errors import ArtifactError, TrainingError
 from pulse_ray.ranker import attention
-from pulse_ray.ranker.packing import PAD, PackedBatch
+from pulse_ray.ranker.packing import ANSWER_TOKENS, PAD, PackedBatch
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 """Attention projections as Llama, Qwen, Gemma, Mistral (separate) and Phi-3/4 (fused) name them."""
@@ -79,31 +79,50 @@ def tokenizer(name: str) -> Any:
     return AutoTokenizer.from_pretrained(models.resolve(name))
 
 
-def base_model(name: str, dtype: torch.dtype) -> nn.Module:
+def base_model(config: RankerConfig) -> nn.Module:
     """A language model as a sequence classifier with one label; the head is new.
 
     Raises:
-        ArtifactError: the architecture has no sequence-classification form.
+        ArtifactError: the architecture has no sequence-classification form, is recurrent, or sees too few tokens.
     """
-    folder = models.resolve(name)
+    name, folder = config.model, models.resolve(config.model)
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     # transformers reports the new head as missing from the checkpoint, which is just what it is.
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=1, dtype=dtype, attn_implementation=attention.NAME
         )
-    except ValueError as error:
+    except (ValueError, KeyError) as error:  # Of a model that does not ask transformers' registry for attention.
         raise ArtifactError(f"model '{name}' cannot rank: {error}", remedy="Choose a causal language model") from error
+    _check_rows_stay_apart(model, config)
     if model.config.pad_token_id is None:
         known = tokenizer(name)
         model.config.pad_token_id = known.pad_token_id if known.pad_token_id is not None else known.eos_token_id
     return model  # type: ignore[no-any-return]
 
 
+def _check_rows_stay_apart(model: Any, config: RankerConfig) -> None:
+    """Rows follow each other in one sequence, so nothing but our attention may carry anything from token to token."""
+    text = model.config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False):
+        raise ArtifactError(
+            f"model '{config.model}' cannot rank: it has recurrent or other special layers",
+            remedy="Choose a Llama, Qwen, Gemma 1 or 3, Mistral or Phi model",
+        )
+    window = getattr(text, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
+    longest = config.max_tokens + config.candidate_tokens + ANSWER_TOKENS
+    if window is not None and longest > window:
+        raise ArtifactError(
+            f"model '{config.model}' cannot rank rows of {longest} tokens: it sees {window} at a time",
+            remedy=f"Lower ranker.max_tokens to {config.max_tokens - longest + window}, or choose another ranker.model",
+        )
+
+
 def create(config: RankerConfig) -> PackedRanker:
     """An untrained ranker: base model, LoRA and a new head."""
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    model = base_model(config.model, dtype)
+    model = base_model(config)
     adapted = get_peft_model(
         model,
         PeftLoraConfig(
@@ -168,10 +187,9 @@ def save(ranker: PackedRanker, folder: Path, config: RankerConfig) -> None:
 def load(folder: Path, config: RankerConfig) -> PackedRanker:
     """A trained ranker from a PEFT folder that `save` wrote, ready for inference."""
     cuda = torch.cuda.is_available()
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    model = base_model(config.model, dtype)
+    model = base_model(config)
     adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-    if dtype == torch.float32:
+    if config.training.precision == "fp32":
         # One product for each projection instead of three. In bf16 the sum would be rounded, and the logits with it.
         adapted.merge_adapter()
-    return PackedRanker(adapted.to(dtype)).to("cuda" if cuda else "cpu").eval()
+    return PackedRanker(adapted.to(model.dtype)).to("cuda" if cuda else "cpu").eval()

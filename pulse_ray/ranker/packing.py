@@ -4,7 +4,7 @@ Every candidate starts at the position that follows its prompt, so its logit is 
 at P + K·s tokens instead of K(P + s). Rows of any length follow each other without padding: of the attention alone,
 which is given in parts, some are padded.
 
-Shape suffixes: B rows, P prompt tokens, K candidates, S tokens of one, T tokens of the batch.
+Shape suffixes: B rows, P prompt tokens, K candidates, S tokens of one, N candidates of all rows, T tokens of the batch.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from pulse_ray.text import control_tokens, history_text, neutralise
 
 PAD = -1
 """The place of what is not there."""
+
+ANSWER_TOKENS = 4
+"""Tokens of a candidate beside those of its item's text, at most: what the chat begins and ends an answer with."""
 
 REMEMBERED = 65_536
 """Candidates, and lines of histories, whose tokens an encoder remembers: some 60 MB at most."""
@@ -123,16 +126,27 @@ def chunks(row: TokenRow, token_budget: int) -> Iterator[TokenRow]:
         yield TokenRow(prompt=[], candidates=piece)
 
 
-def budgeted(lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Batches of row indices, shortest rows first, each of at most `token_budget` tokens, or of one row."""
+def budgeted(rows: Sequence[TokenRow], token_budget: int) -> Iterator[list[int]]:
+    """Batches of row indices, each of at most `token_budget` tokens, or of one row.
+
+    Attention pads the rows of a batch to the longest prompt and the most and longest candidates; with that they are at
+    most twice as many tokens, so rows of like shape go together.
+    """
     batch: list[int] = []
-    used = 0
-    for index in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-        if batch and used + lengths[index] > token_budget:
+    used, largest = 0, np.zeros(3, np.int64)
+    shapes = [
+        (len(row.candidates), max(map(len, row.candidates), default=0), len(row.prompt), row.packed_length)
+        for row in rows
+    ]
+    for index in sorted(range(len(rows)), key=lambda place: shapes[place]):
+        *shape, length = shapes[index]
+        most, size, prompt = np.maximum(largest, shape)
+        padded = (len(batch) + 1) * (prompt + most * size)
+        if batch and (used + length > token_budget or padded > 2 * token_budget):
             yield batch
-            batch, used = [], 0
+            batch, used, largest = [], 0, np.zeros(3, np.int64)
         batch.append(index)
-        used += lengths[index]
+        used, largest = used + length, np.maximum(largest, shape)
     if batch:
         yield batch
 

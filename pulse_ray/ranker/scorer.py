@@ -54,7 +54,7 @@ class Scorer:
                 scored[place] = self._in_chunks(row, token_budget)
             elif row.candidates:
                 together.append(place)
-        for batch in budgeted([tokens[place].packed_length for place in together], token_budget):
+        for batch in budgeted([tokens[place] for place in together], token_budget):
             chosen = [together[index] for index in batch]
             logits_BK = self.ranker(self._pack([tokens[place] for place in chosen])).cpu().numpy()
             for place, logits_K in zip(chosen, logits_BK, strict=True):
