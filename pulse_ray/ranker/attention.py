@@ -104,7 +104,9 @@ def _candidates(
 ) -> torch.Tensor:
     """Attention of the candidates to keys and values of their prompts and their own: [B · K · S, H, D]."""
     heads, size = prompt_BPGD[0].shape[2], query_BKSHD.shape[2]
-    query_BGQKSD = query_BKSHD.unflatten(3, (heads, -1)).permute(0, 3, 4, 1, 2, 5)
+    query_BGQKSD = query_BKSHD.reshape(*query_BKSHD.shape[:3], heads, -1, query_BKSHD.shape[-1]).permute(
+        0, 3, 4, 1, 2, 5
+    )
     prompt_key_BGDP = prompt_BPGD[0].permute(0, 2, 3, 1)
     prompt_value_BGPD = prompt_BPGD[1].transpose(1, 2)
     own_key_BG1KDS, own_value_BG1KSD = (
@@ -112,7 +114,8 @@ def _candidates(
         own_BKSGD[1].permute(0, 3, 1, 2, 4)[:, :, None],
     )
     # One product with a prompt's keys for all queries that share them.
-    to_prompt = (query_BGQKSD.flatten(2, 4) @ prompt_key_BGDP).unflatten(2, query_BGQKSD.shape[2:5])
+    shape = query_BGQKSD.shape[:-1]
+    to_prompt = (query_BGQKSD.flatten(2, 4) @ prompt_key_BGDP).reshape(*shape, -1)
     if padding_BP is not None:
         to_prompt = to_prompt.masked_fill(padding_BP[:, None, None, None, None], -torch.inf)
     to_own = query_BGQKSD @ own_key_BG1KDS
@@ -120,9 +123,8 @@ def _candidates(
     to_own = to_own.masked_fill(later_SS, -torch.inf)
     scores = torch.cat([to_prompt, to_own], dim=-1).float() * scaling
     weights = scores.softmax(dim=-1).to(query_BKSHD.dtype)
-    on_prompt, on_own = weights.split([to_prompt.shape[-1], size], dim=-1)
-    found_BGQKSD = (on_prompt.flatten(2, 4) @ prompt_value_BGPD).unflatten(2, query_BGQKSD.shape[2:5])
-    found_BGQKSD = found_BGQKSD + on_own @ own_value_BG1KSD
+    on_prompt, on_own = weights[..., :-size], weights[..., -size:]
+    found_BGQKSD = (on_prompt.flatten(2, 4) @ prompt_value_BGPD).reshape(*shape, -1) + on_own @ own_value_BG1KSD
     return found_BGQKSD.permute(0, 3, 4, 1, 2, 5).flatten(3, 4).flatten(0, 2)
 
 

@@ -65,7 +65,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
-        return PackedBatch(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
+        moved = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
+        return PackedBatch(**moved)  # type: ignore[arg-type]
 
 
 def pack(rows: Sequence[TokenRow]) -> PackedBatch:
