@@ -18,10 +18,13 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from pulse_ray.errors import ArtifactError
-from pulse_ray.ranker.packing import PackedBatch
+from pulse_ray.ranker.packing import PAD, PackedBatch
 
 NAME = "pulse_ray_packed"
 """Of the function in transformers' registry."""
+
+REMEDY = "Choose a Llama, Qwen, Gemma 1 or 3, Mistral or Phi model"
+"""Where rows of a model's tokens cannot follow each other."""
 
 
 def attend(
@@ -61,7 +64,7 @@ def attend(
         raise ArtifactError(
             f"the model cannot rank: {type(module).__name__} has an attention of its own "
             f"({', '.join(given) or 'to later tokens'})",
-            remedy="Choose a Llama, Qwen, Gemma 1 or 3, Mistral or Phi model",
+            remedy=REMEDY,
         )
     query_THD, key_TGD, value_TGD = (states[0].transpose(0, 1) for states in (query, key, value))
     remembered = len(key_TGD) - len(query_THD)
@@ -79,7 +82,7 @@ def attend(
                 query_THD[packing.candidates_BKS],
                 (prompt_key_BPGD, prompt_value_BPGD),
                 (own_key_TGD[packing.candidates_BKS], own_value_TGD[packing.candidates_BKS]),
-                None if remembered else packing.prompt_padding_BP,
+                prompts == PAD if len(prompts) > 1 else None,  # A row by itself has no padding.
                 scaling,
             )
         )

@@ -109,7 +109,7 @@ def _check_rows_stay_apart(model: Any, config: RankerConfig) -> None:
     if kinds - {"full_attention", "sliding_attention"} or getattr(model, "_is_stateful", False):
         raise ArtifactError(
             f"model '{config.model}' cannot rank: it has recurrent or other special layers",
-            remedy="Choose a Llama, Qwen, Gemma 1 or 3, Mistral or Phi model",
+            remedy=attention.REMEDY,
         )
     window = getattr(text, "sliding_window", None) if not kinds or "sliding_attention" in kinds else None
     longest = config.max_tokens + config.candidate_tokens + ANSWER_TOKENS

@@ -60,13 +60,10 @@ class PackedBatch:
     candidates_BKS: torch.Tensor
     slots_T: torch.Tensor
     ends_BK: torch.Tensor
-    prompt_padding_BP: torch.Tensor | None
-    """Bool: where `prompts_BP` is padding; None where nothing is."""
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
-        moved = {name: None if value is None else value.to(device) for name, value in vars(self).items()}
-        return PackedBatch(**moved)  # type: ignore[arg-type]
+        return PackedBatch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
 def pack(rows: Sequence[TokenRow]) -> PackedBatch:
@@ -100,11 +97,7 @@ def pack(rows: Sequence[TokenRow]) -> PackedBatch:
         "slots_T": slots_T,
         "ends_BK": ends_BK,
     }
-    padding_BP = prompts_BP == PAD
-    return PackedBatch(
-        **{name: torch.from_numpy(array) for name, array in arrays.items()},
-        prompt_padding_BP=torch.from_numpy(padding_BP) if padding_BP.any() else None,
-    )
+    return PackedBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 def _places(starts: np.ndarray, sizes: np.ndarray) -> np.ndarray:
