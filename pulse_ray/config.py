@@ -244,7 +244,7 @@ class TrainingConfig(Section):
     warmup_fraction: Fraction = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     gradient_clipping: Annotated[float, Field(gt=0)] = 1.0
-    zero_stage: Literal[0, 1, 2] = 2
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="3 also cuts the weights among workers; for the ranker")
     precision: Literal["bf16", "fp32"] = "fp32"
     evaluations_per_epoch: Annotated[float, Field(gt=0)] = Field(1.0, description="0.2 validates every fifth epoch")
     patience: Count = Field(3, description="evaluations without a better score before training stops")
@@ -626,6 +626,9 @@ class Config(Section):
                 raise ValueError("evaluate.splits holds validation, so tree.validation_examples must be unset")
             if grown < (self.ranker.training.validation_examples or grown + 1):
                 raise ValueError("tree.validation_examples is below ranker.training.validation_examples")
+        for name, model in (("candidates.sasrec", self.candidates.sasrec), ("thought_space", self.thought_space)):
+            if model.training.zero_stage == 3:
+                raise ValueError(f"{name}.training.zero_stage is 3, which only the ranker is large enough for")
         space = self.thought_space.training
         if space.workers.count > 1 or (space.micro_batch_size or space.batch_size) < space.batch_size:
             raise ValueError(

@@ -41,13 +41,19 @@ SHARED = {
 """What a stage's package lends to modules outside of it. Anything else of it is its own business."""
 
 LIBRARIES = {
-    "ray": ("runtime", "training", "generation.pool", "*.stage", "serving.app", "submission", "cli"),
+    "ray": ("runtime", "training.*", "generation.pool", "*.stage", "serving.app", "submission", "cli"),
     "vllm": ("generation.engine",),
     "torch": (
+<<<<<<< HEAD
         *("models", "training", "candidates.sasrec", "candidates.losses", "thought_space.*"),
         *("ranker.packing", "ranker.attention", "ranker.model", "ranker.loop", "ranker.scorer"),
+=======
+        *("models", "training.*", "candidates.sasrec", "candidates.losses", "thought_space.*"),
+        *("ranker.packing", "ranker.model", "ranker.loop", "ranker.scorer"),
+>>>>>>> a7b8459 (Training: sharded weights, damaged checkpoints, passes that do not fit, curves (not run yet))
     ),
-    "deepspeed": ("training",),
+    "deepspeed": ("training.worker",),
+    "tensorboardX": ("training.fitting",),
     "transformers": ("models", "generation.engine", "thought_space.encoders", "ranker.*"),
     "peft": ("ranker.model",),
     "sentence_transformers": ("thought_space.encoders",),

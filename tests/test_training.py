@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,11 @@ from ray import cloudpickle
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pulse_ray import training
 from pulse_ray.config import TrainingConfig, WorkersConfig
 from pulse_ray.errors import TrainingError
+from pulse_ray.training import checkpoints, fitting
+from pulse_ray.training.plan import Plan
+from pulse_ray.training.task import Read
 from pulse_ray.workspace import Workspace
 
 # Ray's workers cannot import the tests.
@@ -25,31 +30,52 @@ cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 class Regression:
-    """Learns y = x · (1, 2, 3, 4). With a `tripwire`, fails once at a step that is not the first of its epoch."""
+    """Learns y = x · (1, 2, 3, 4).
+
+    Args:
+        tripwire: a file; while it is not there, pass `trip_at` makes it and fails.
+        poison: an example whose loss is not a number.
+        fits: examples that fit into memory.
+        dropout: draws that depend on how a batch is cut.
+    """
 
     monitor = "loss"
     higher_is_better = False
     validate_first = True
 
-    def __init__(self, tripwire: Path | None = None, poison: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        tripwire: Path | None = None,
+        trip_at: int = 18,
+        poison: int | None = None,
+        fits: int = 50,
+        dropout: float = 0.1,
+    ) -> None:
         rng = np.random.default_rng(0)
         self.x = torch.tensor(rng.normal(size=(50, 4)), dtype=torch.float32)
         self.y = self.x @ torch.tensor([1.0, 2.0, 3.0, 4.0])
         if poison is not None:
             self.y[poison] = torch.nan
-        self.tripwire, self.calls = tripwire, 0
+        self.tripwire, self.trip_at, self.calls = tripwire, trip_at, 0
+        self.fits, self.dropout, self.read = fits, dropout, Read()
 
     def module(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Linear(16, 1))
+        return nn.Sequential(nn.Linear(4, 16), nn.Dropout(self.dropout), nn.Linear(16, 1))
 
     def __len__(self) -> int:
         return 50
 
     def losses(self, engine: nn.Module, indices: Sequence[int]) -> torch.Tensor:
         self.calls += 1
-        if self.tripwire and self.calls == 18 and not self.tripwire.exists():
+        if self.tripwire and self.calls == self.trip_at and not self.tripwire.exists():
+            time.sleep(1.0)  # The last checkpoint is uploaded meanwhile.
             self.tripwire.touch()
             raise RuntimeError("the worker fails on purpose")
+        if len(indices) > self.fits:
+            raise torch.OutOfMemoryError("as a GPU would say")
+        self.read.tokens += 3 * len(indices)
+        self.read.places += 4 * len(indices)
         return (engine(self.x[list(indices)])[:, 0] - self.y[list(indices)]) ** 2
 
     def validate(self, engine: nn.Module, rank: int, world: int) -> dict[str, tuple[float, int]]:
@@ -63,13 +89,15 @@ class Regression:
         return [f"row {index}" for index in indices]
 
 
+ONCE = WorkersConfig(max_failures=0)
+TWO = WorkersConfig(count=2, cpus=0.5, threads=1)
 CONFIG = TrainingConfig(epochs=4, batch_size=8, micro_batch_size=3, lr=2e-2, workers=WorkersConfig(max_failures=1))
 
 
-def fit(where: Path, folder: str, config: TrainingConfig = CONFIG, **task: object) -> dict[str, Any]:
+def fit(where: Path, folder: str, config: TrainingConfig = CONFIG, **task: Any) -> dict[str, Any]:
     output = Workspace(str(where), "run").artefact("model")
-    return training.fit(
-        Regression, *task.values(), config=config, seed=3, output=output, folder=folder, title=f"test: {folder}"
+    return fitting.fit(
+        partial(Regression, **task), config=config, seed=3, output=output, folder=folder, title=f"test: {folder}"
     )
 
 
@@ -82,9 +110,13 @@ class Trained:
 
     def check_same(self, folder: Path) -> None:
         """Whether another model's weights are its own, to the last bit."""
+        self.check_close(folder, 0.0)
+
+    def check_close(self, folder: Path, apart: float) -> None:
+        """Whether no weight of another model is further apart than that."""
         ours, theirs = (load_file(one / "model.safetensors") for one in (self.folder / "run/model/undisturbed", folder))
         for name, value in ours.items():
-            torch.testing.assert_close(theirs[name], value, rtol=0, atol=0)
+            torch.testing.assert_close(theirs[name], value, rtol=0, atol=apart)
 
 
 @pytest.fixture(scope="module")
@@ -120,21 +152,91 @@ def test_validation_beside_training_gives_the_same_model(undisturbed: Trained, t
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_examples(ray_cluster: None, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"workers": WorkersConfig(max_failures=0)})
-    with pytest.raises(TrainingError, match=r"loss at step 0 is nan.*row \d+"):
+    config = CONFIG.model_copy(update={"workers": ONCE})
+    with pytest.raises(TrainingError, match=r"loss at step 0 is nan; its examples: row 13; there is no checkpoint yet"):
         fit(
             tmp_path,
             "poisoned",
             config.model_copy(update={"batch_size": 50, "micro_batch_size": None}),
-            tripwire=None,
             poison=13,
         )
+
+
+@pytest.fixture(scope="module")
+def plain(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A single worker's, without draws that depend on how a batch is cut."""
+    folder = tmp_path_factory.mktemp("plain")
+    return Trained(folder, fit(folder, "undisturbed", dropout=0.0))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_workers_give_the_losses_of_one(stage: int, plain: Trained, tmp_path: Path) -> None:
+    found = fit(tmp_path, "two", CONFIG.model_copy(update={"workers": TWO, "zero_stage": stage}), dropout=0.0)
+    for name in ("steps", "evaluations"):
+        for one, other in zip(found[name], plain.record[name], strict=True):
+            assert one == pytest.approx(other, rel=1e-4)
+    plain.check_close(tmp_path / "run/model/two", 1e-4)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_another_number_of_workers_goes_on(before: int, after: int, ray_cluster: None, tmp_path: Path) -> None:
+    sizes = {1: ONCE, 2: TWO.model_copy(update={"max_failures": 0})}
+    # After the checkpoint of step 7; two workers make two passes in a step, one makes three.
+    trip_at = {1: 30, 2: 20}[before]
+    with pytest.raises(TrainingError, match="training workers failed"):
+        fit(
+            tmp_path,
+            "moved",
+            CONFIG.model_copy(update={"workers": sizes[before]}),
+            tripwire=tmp_path / "tripped",
+            trip_at=trip_at,
+        )
+    found = fit(tmp_path, "moved", CONFIG.model_copy(update={"workers": sizes[after]}))
+    assert [entry["step"] for entry in found["evaluations"]] == [0, 7, 14, 21, 28]
+    assert [entry["step"] for entry in found["steps"]] == list(range(1, 29))
+    assert found["evaluations"][-1]["loss"] < 0.5 * found["evaluations"][0]["loss"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    undisturbed: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = CONFIG.model_copy(update={"workers": ONCE})
+    with pytest.raises(TrainingError, match="on purpose"):
+        fit(tmp_path, "damaged", config, tripwire=tmp_path / "tripped", trip_at=54)
+    states = {
+        json.loads(state.read_text())["step"]: state.parent
+        for state in (tmp_path / "run/model/damaged/checkpoints").rglob(checkpoints.STATE)
+    }
+    assert sorted(states) == [7, 14]
+    weights = states[14] / checkpoints.TRAINABLE
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert fit(tmp_path, "damaged", config) == undisturbed.record
+    undisturbed.check_same(tmp_path / "run/model/damaged")
+    said = capfd.readouterr().err
+    assert f"checkpoint {states[14]} is damaged" in said and "trainable.safetensors" in said
+
+
+def test_what_does_not_fit_is_split(plain: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    found = fit(tmp_path, "split", CONFIG.model_copy(update={"micro_batch_size": None}), fits=2, dropout=0.0)
+    for one, other in zip(found["steps"], plain.record["steps"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    plain.check_close(tmp_path / "run/model/split", 1e-5)
+    assert capfd.readouterr().err.count("do not fit into memory") == 1
+    with pytest.raises(TrainingError, match="a pass of 1 examples needs more memory"):
+        fit(tmp_path, "hopeless", CONFIG.model_copy(update={"workers": ONCE}), fits=0)
+
+
+def test_curves_are_kept_for_tensorboard(undisturbed: Trained) -> None:
+    (events,) = (undisturbed.folder / "run/model/undisturbed/tensorboard").iterdir()
+    written = events.read_bytes()
+    for name in (b"training/loss", b"training/grad", b"training/tokens/s", b"training/padding", b"validation/loss"):
+        assert name in written
 
 
 def test_every_example_is_seen_once_an_epoch_however_it_is_cut() -> None:
     for world, micro in ((1, None), (2, None), (3, 2)):
         config = TrainingConfig(epochs=2, batch_size=8, micro_batch_size=micro)
-        plan = training.Plan(examples=50, world=world, config=config)
+        plan = Plan(examples=50, world=world, config=config)
         for epoch in range(2):
             seen = [
                 index

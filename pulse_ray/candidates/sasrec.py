@@ -23,6 +23,7 @@ from pulse_ray.candidates.losses import FullSoftmax, gbce, sampled_softmax
 from pulse_ray.candidates.rows import Key, newest_rows, read_rows
 from pulse_ray.config import SasrecConfig
 from pulse_ray.metrics import ranks
+from pulse_ray.training.task import Read
 from pulse_ray.workspace import Artefact
 
 PADDING = 0
@@ -277,7 +278,7 @@ class SasrecTask:
             for data in items.tables(columns=["domain", "item_id"])
             for key in zip(data.column(0).to_pylist(), data.column(1).to_pylist(), strict=True)
         ]
-        self.config = config
+        self.config, self.read = config, Read()
         self.model = Sasrec(config, vocabulary, max_length)
         self.train = [
             (key, self.model.indices(row.domain, [*row.items, row.target]))
@@ -299,6 +300,8 @@ class SasrecTask:
 
     def losses(self, engine: nn.Module, indices: Sequence[int]) -> torch.Tensor:
         items_BL = self.model.pad([self.train[index][1] for index in indices], extra=1).to(_device(engine))
+        self.read.tokens += int((items_BL > 0).sum())
+        self.read.places += items_BL.numel()
         size, count = len(self.model.vocabulary), self.config.negatives
         # A small catalogue is taken whole: no item twice, and the sampled softmax is the full one.
         negatives_N = torch.arange(1, size + 1) if count >= size else torch.randint(1, size + 1, (count,))

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pulse_ray import training
 from pulse_ray.candidates.exports import ExportWorker, IndexWorker, Users, exports, load_model, unindexed
 from pulse_ray.candidates.rows import Row, read_rows
 from pulse_ray.candidates.sasrec import SasrecTask
@@ -17,13 +16,14 @@ from pulse_ray.errors import DataError
 from pulse_ray.runtime import ShardOutput, map_parts, run_shards
 from pulse_ray.schema import Reject, table
 from pulse_ray.seeding import derive
+from pulse_ray.training import fitting
 from pulse_ray.workspace import Part, StageRun
 
 
 def run(stage: StageRun) -> dict[str, dict[str, Any]]:
     """Reads interactions, items and examples; writes sasrec, and what comes of it: vectors, neighbours, candidates."""
     config = stage.config.candidates
-    record = training.fit(
+    record = fitting.fit(
         SasrecTask,
         config.sasrec,
         stage.input("items"),
@@ -48,7 +48,7 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
         title="candidates: sets and neighbours",
     )
     _check_rejects(stage)
-    return {"sasrec": training.best_metrics(record)}
+    return {"sasrec": fitting.best_metrics(record)}
 
 
 def _check_rejects(stage: StageRun) -> None:

@@ -17,6 +17,7 @@ from pulse_ray.ranker import model
 from pulse_ray.ranker.packing import PackedBatch, PromptEncoder, TokenRow, budgeted, pack
 from pulse_ray.ranker.prompts import RankRow
 from pulse_ray.schema import Split, histories
+from pulse_ray.training.task import Read
 from pulse_ray.workspace import Artefact, Part
 
 VALIDATION_TOKENS = 8192
@@ -62,7 +63,7 @@ class RankerTask:
     validate_first = False
 
     def __init__(self, config: RankerConfig, variant: Variant, data: RankData) -> None:
-        self.config = config
+        self.config, self.read = config, Read()
         items = catalogue.load(data.items)
         self.encoder = PromptEncoder(model.tokenizer(config.model), config)
         self.ids: list[str] = []
@@ -98,19 +99,25 @@ class RankerTask:
 
     def losses(self, engine: nn.Module, indices: Sequence[int]) -> torch.Tensor:
         batch = self._batch(engine, self.train, indices)
+        self.read.tokens += len(batch.input_ids_T)
+        self.read.places += len(batch.input_ids_T)
         targets_B = torch.tensor([self.targets[index] for index in indices], device=batch.ends_BK.device)
         return F.cross_entropy(engine(batch), targets_B, reduction="none")
 
     def validate(self, engine: nn.Module, rank: int, world: int) -> dict[str, tuple[float, int]]:
-        share = list(range(len(self.validation)))[rank::world]
-        loss, hits = 0.0, 0
-        for places in budgeted([self.validation[index] for index in share], VALIDATION_TOKENS):
-            indices = [share[place] for place in places]
+        loss, hits, count = 0.0, 0, 0
+        batches = list(budgeted(self.validation, VALIDATION_TOKENS))
+        for first in range(0, len(batches), world):
+            # Who has none left goes through another's, for nothing: with sharded weights all workers make every pass.
+            indices = batches[min(first + rank, len(batches) - 1)]
             logits_BK = engine(self._batch(engine, self.validation, indices)).cpu()
+            if first + rank >= len(batches):
+                continue
             targets_B = torch.tensor([self.validation_targets[index] for index in indices])
             loss += float(F.cross_entropy(logits_BK, targets_B, reduction="sum"))
             hits += int((ranks(logits_BK.numpy(), targets_B.numpy()) == 1).sum())
-        return {"hr@1": (hits, len(share)), "loss": (loss, len(share))}
+            count += len(indices)
+        return {"hr@1": (hits, count), "loss": (loss, count)}
 
     def _batch(self, engine: nn.Module, rows: Sequence[TokenRow], indices: Sequence[int]) -> PackedBatch:
         device = next(engine.parameters()).device

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pulse_ray import models, training
+from pulse_ray import models
 from pulse_ray.ranker.loop import RankData, RankerTask
 from pulse_ray.seeding import derive
+from pulse_ray.training import fitting
 from pulse_ray.workspace import StageRun
 
 
@@ -22,7 +23,7 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
     )
     metrics: dict[str, Any] = {}
     for variant in config.variants:
-        record = training.fit(
+        record = fitting.fit(
             RankerTask,
             config,
             variant,
@@ -34,5 +35,5 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
             folder=variant,
             title=f"ranker: {variant}",
         )
-        metrics[variant] = training.best_metrics(record)
+        metrics[variant] = fitting.best_metrics(record)
     return {"ranker": metrics}

@@ -17,6 +17,7 @@ from pulse_ray.seeding import derive
 from pulse_ray.text import behaviour_text
 from pulse_ray.thought_space.encoders import Encoders
 from pulse_ray.thought_space.loss import allowed_negatives, info_nce, sample_negatives
+from pulse_ray.training.task import Read
 from pulse_ray.workspace import Artefact
 
 HELD_OUT_OF = 5
@@ -91,7 +92,7 @@ class ThoughtSpaceTask:
     def __init__(
         self, config: ThoughtSpaceConfig, items: Artefact, examples_artefact: Artefact, rationales: Artefact, seed: int
     ) -> None:
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.read = config, seed, Read()
         self.encoders = Encoders.create(config.model, config.max_tokens, shared=config.shared_tower)
         self.behaviours = Behaviours(config, self.encoders, catalogue.load(items))
         both: dict[bool, list[Pair]] = {True: [], False: []}
@@ -112,10 +113,13 @@ class ThoughtSpaceTask:
         return self._losses(engine, chosen, texts, self.config.negatives)
 
     def _losses(self, engine: nn.Module, chosen: list[Pair], texts: list[str], negatives: int | str) -> torch.Tensor:
-        rationales_BD, behaviours_BD = engine(
-            rationales=self.encoders.tokens("rationale", [pair.rationale for pair in chosen]),
-            behaviours=self.encoders.tokens("history", texts),
-        )
+        rationales = self.encoders.tokens("rationale", [pair.rationale for pair in chosen])
+        behaviours = self.encoders.tokens("history", texts)
+        if torch.is_grad_enabled():
+            for mask_BL in (rationales["attention_mask"], behaviours["attention_mask"]):
+                self.read.tokens += int(mask_BL.sum())
+                self.read.places += mask_BL.numel()
+        rationales_BD, behaviours_BD = engine(rationales=rationales, behaviours=behaviours)
         allowed_BB = allowed_negatives([pair.user for pair in chosen], [pair.target for pair in chosen])
         negatives_BB = sample_negatives(allowed_BB, negatives).to(rationales_BD.device)  # type: ignore[arg-type]
         return info_nce(rationales_BD, behaviours_BD, negatives_BB, self.config.temperature)

@@ -10,10 +10,11 @@ import numpy as np
 import ray
 from safetensors.numpy import save
 
-from pulse_ray import catalogue, models, training
+from pulse_ray import catalogue, models
 from pulse_ray.seeding import derive
 from pulse_ray.thought_space.encoders import Encoders
 from pulse_ray.thought_space.loop import RETRIEVAL_POOL, Behaviours, ThoughtSpaceTask, held_out, pairs
+from pulse_ray.training import fitting
 from pulse_ray.workspace import StageRun
 
 
@@ -22,7 +23,7 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
     config = stage.config.thought_space
     models.resolve(config.model)
     seed = derive(stage.config.seed, "thought space")
-    record = training.fit(
+    record = fitting.fit(
         ThoughtSpaceTask,
         config,
         stage.input("items"),
@@ -37,7 +38,7 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
     )
     workers = config.training.workers
     ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(_project).remote(stage, seed))
-    before, after = record["evaluations"][0], training.best_metrics(record)
+    before, after = record["evaluations"][0], fitting.best_metrics(record)
     measured = {
         f"{name}_{when}": entry[name]
         for name in ("r@1", "r@1_history_only", "loss")
