@@ -386,7 +386,12 @@ class ThoughtSpaceConfig(Section):
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
     shared_tower: bool = Field(False, description="one encoder for both sides")
     negatives: Count | Literal["all"] = Field(10, description="in-batch rationales of other users per anchor")
+    inter_domain: Fraction | None = Field(
+        None, description="share of the sampled negatives from other domains; unset: as they come in a batch"
+    )
+    hard_negatives: Fraction = Field(0.0, description="share of the sampled negatives that is the nearest there are")
     temperature: Annotated[float, Field(gt=0)] = 0.05
+    learned_temperature: bool = Field(False, description="train the temperature as well, from `temperature` on")
     max_tokens: Count = 256
     drop_target: Fraction = Field(0.5, description="chance that the target is left out of a behaviour text in training")
     text: TextConfig = TextConfig(history_tokens=224)
@@ -629,12 +634,13 @@ class Config(Section):
         for name, model in (("candidates.sasrec", self.candidates.sasrec), ("thought_space", self.thought_space)):
             if model.training.zero_stage == 3:
                 raise ValueError(f"{name}.training.zero_stage is 3, which only the ranker is large enough for")
-        space = self.thought_space.training
-        if space.workers.count > 1 or (space.micro_batch_size or space.batch_size) < space.batch_size:
+        space = self.thought_space
+        if space.training.micro_batch_size is not None:
             raise ValueError(
-                "thought_space.training takes its negatives from one worker's batch: leave workers.count at 1 and "
-                "micro_batch_size unset"
+                "thought_space.training takes its negatives from all examples of a step: leave micro_batch_size unset"
             )
+        if space.negatives == "all" and (space.inter_domain is not None or space.hard_negatives):
+            raise ValueError("thought_space.negatives is 'all', so inter_domain and hard_negatives choose none of them")
         if self.score.variant is not None and self.score.variant not in self.ranker.variants:
             raise ValueError(f"score.variant ({self.score.variant}) is not among ranker.variants")
         if self.thought_space.text.history_tokens >= self.thought_space.max_tokens:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from pulse_ray.config import ThoughtSpaceConfig
 from pulse_ray.schema import Example, examples
 from pulse_ray.seeding import derive
 from pulse_ray.text import behaviour_text
+from pulse_ray.thought_space import gathering
 from pulse_ray.thought_space.encoders import Encoders
-from pulse_ray.thought_space.loss import allowed_negatives, info_nce, sample_negatives
+from pulse_ray.thought_space.loss import Labels, allowed_negatives, info_nce, sample_negatives
 from pulse_ray.training.task import Read
 from pulse_ray.workspace import Artefact
 
@@ -24,6 +25,7 @@ HELD_OUT_OF = 5
 """One user in so many is held out of training, to measure retrieval on."""
 RETRIEVAL_POOL = 100
 LOSS_BATCH = 32
+LEAST_TEMPERATURE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,6 +84,35 @@ class Behaviours:
         return self._known[key]
 
 
+class Towers(nn.Module):
+    """Both encoders and the temperature of their similarities: what is trained.
+
+    Args:
+        learned: whether the temperature is trained as well, from `temperature` on (as CLIP's, and bounded like it).
+    """
+
+    def __init__(self, encoders: Encoders, temperature: float, *, learned: bool) -> None:
+        super().__init__()
+        self.encoders = encoders
+        self.log_temperature = nn.Parameter(torch.tensor(temperature).log(), requires_grad=learned)
+
+    def forward(self, **features: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Unit vectors of rationales and behaviours, and the temperature: [B, D], [B, D], []."""
+        rationales_BD, behaviours_BD = self.encoders(**features)
+        return rationales_BD, behaviours_BD, self.log_temperature.exp().clamp(min=LEAST_TEMPERATURE)
+
+
+def _labels(pairs: Sequence[Pair], device: torch.device) -> Labels:
+    def codes(names: Iterable[str]) -> torch.Tensor:
+        return torch.tensor([derive(0, name) for name in names], device=device)
+
+    return Labels(
+        users=codes(pair.user for pair in pairs),
+        targets=codes(pair.target for pair in pairs),
+        domains=codes(pair.example.history.domain for pair in pairs),
+    )
+
+
 class ThoughtSpaceTask:
     """Trains both encoders; validates by loss and by retrieval of one's own history among `RETRIEVAL_POOL`."""
 
@@ -101,7 +132,7 @@ class ThoughtSpaceTask:
         self.held, self.train = both[True], both[False]
 
     def module(self) -> nn.Module:
-        return self.encoders.float()
+        return Towers(self.encoders.float(), self.config.temperature, learned=self.config.learned_temperature)
 
     def __len__(self) -> int:
         return len(self.train)
@@ -110,19 +141,37 @@ class ThoughtSpaceTask:
         chosen = [self.train[index] for index in indices]
         dropped = (torch.rand(len(chosen)) < self.config.drop_target).tolist()
         texts = [self.behaviours.text(p.example, with_target=not drop) for p, drop in zip(chosen, dropped, strict=True)]
-        return self._losses(engine, chosen, texts, self.config.negatives)
+        return self._losses(engine, chosen, texts, training=True)
 
-    def _losses(self, engine: nn.Module, chosen: list[Pair], texts: list[str], negatives: int | str) -> torch.Tensor:
+    def _losses(self, engine: nn.Module, chosen: list[Pair], texts: list[str], *, training: bool) -> torch.Tensor:
+        """In training against sampled negatives of all workers' batches, else against all of this batch."""
         rationales = self.encoders.tokens("rationale", [pair.rationale for pair in chosen])
         behaviours = self.encoders.tokens("history", texts)
-        if torch.is_grad_enabled():
+        if training:
             for mask_BL in (rationales["attention_mask"], behaviours["attention_mask"]):
                 self.read.tokens += int(mask_BL.sum())
                 self.read.places += mask_BL.numel()
-        rationales_BD, behaviours_BD = engine(rationales=rationales, behaviours=behaviours)
-        allowed_BB = allowed_negatives([pair.user for pair in chosen], [pair.target for pair in chosen])
-        negatives_BB = sample_negatives(allowed_BB, negatives).to(rationales_BD.device)  # type: ignore[arg-type]
-        return info_nce(rationales_BD, behaviours_BD, negatives_BB, self.config.temperature)
+        rationales_BD, behaviours_BD, temperature = engine(rationales=rationales, behaviours=behaviours)
+        labels = _labels(chosen, rationales_BD.device)
+        rank, sizes = 0, [len(chosen)]
+        if training:
+            rank, sizes = gathering.workers()[0], gathering.sizes(len(chosen), rationales_BD.device)
+        columns = Labels(**{name: gathering.gathered(getattr(labels, name), sizes) for name in labels.__slots__})
+        similar_BN = behaviours_BD @ gathering.gathered(rationales_BD, sizes).T
+        allowed_BN = allowed_negatives(labels, columns)
+        if training:
+            negatives_BN = sample_negatives(
+                allowed_BN,
+                self.config.negatives,
+                other_domain_BN=labels.domains[:, None] != columns.domains,
+                inter_domain=self.config.inter_domain,
+                similar_BN=similar_BN.detach(),
+                hard=self.config.hard_negatives,
+            )
+        else:
+            negatives_BN = allowed_BN
+        positives_B = sum(sizes[:rank]) + torch.arange(len(chosen), device=similar_BN.device)
+        return info_nce(similar_BN, positives_B, negatives_BN, temperature)
 
     def validate(self, engine: nn.Module, rank: int, world: int) -> dict[str, tuple[float, int]]:
         total = 0.0
@@ -130,7 +179,7 @@ class ThoughtSpaceTask:
         for start in range(0, len(share), LOSS_BATCH):
             chosen = share[start : start + LOSS_BATCH]
             texts = [self.behaviours.text(pair.example, with_target=True) for pair in chosen]
-            total += float(self._losses(engine, chosen, texts, "all").sum())
+            total += float(self._losses(engine, chosen, texts, training=False).sum())
         hits = {
             name: self._retrieved(share, with_target=with_target)
             for name, with_target in (("r@1", True), ("r@1_history_only", False))
@@ -160,8 +209,8 @@ class ThoughtSpaceTask:
         return self.held + self.train[: max(0, RETRIEVAL_POOL - len(self.held))]
 
     def save(self, module: nn.Module, folder: Path) -> None:
-        assert isinstance(module, Encoders)
-        module.save(folder)
+        assert isinstance(module, Towers)
+        module.encoders.save(folder)
 
     def names(self, indices: Sequence[int]) -> list[str]:
         return [self.train[index].example.history.example_id for index in indices]

@@ -186,11 +186,11 @@ class _Run:
 
     def _stop(self, loss: float, wrong: Sequence[int]) -> None:
         """Tells why all workers end now."""
-        state = self.state
-        kept = next((entry["step"] for entry in reversed(state.evaluations) if entry["step"]), None)
+        kept = next((entry["step"] for entry in reversed(self.state.evaluations) if entry["step"]), None)
         last = f"the last checkpoint is that of step {kept:.0f}" if kept else "there is no checkpoint yet"
+        names = ", ".join(self.task.names(wrong)[:NAMED])
         error = TrainingError(
-            f"the loss at step {state.step} is {loss}; its examples: {', '.join(self.task.names(wrong)[:NAMED])}; {last}",
+            f"the loss at step {self.state.step} is {loss}; its examples: {names}; {last}",
             remedy="Lower training.lr, or set training.precision to fp32",
         )
         ray.get(self.job.board.stop.remote(error))
