@@ -235,7 +235,7 @@ class WorkersConfig(Section):
 
 
 class TrainingConfig(Section):
-    """How a model is trained (`training.py`). Warm-up is linear, decay is cosine to zero."""
+    """How a model is trained (`training`). Warm-up is linear, decay is cosine to zero."""
 
     epochs: Count = 3
     batch_size: Count = Field(16, description="examples in one optimizer step, all workers together")

@@ -155,7 +155,7 @@ def _trainer(job: Job, kept: Artefact) -> TorchTrainer:
     )
 
 
-def _watched(trainer: TorchTrainer, board: Any, bar: Bar, curves: _Curves) -> ray.train.Result | BaseException:
+def _watched(trainer: TorchTrainer, told_on: Any, bar: Bar, curves: _Curves) -> ray.train.Result | BaseException:
     """Runs the trainer beside a progress line, in a thread so that Ctrl-C reaches us and not Ray's own handler."""
     outcome: list[ray.train.Result | BaseException] = []
 
@@ -169,7 +169,7 @@ def _watched(trainer: TorchTrainer, board: Any, bar: Bar, curves: _Curves) -> ra
     thread.start()
     while thread.is_alive():
         thread.join(timeout=1.0)
-        told, notices = ray.get(board.take.remote())
+        told, notices = ray.get(told_on.take.remote())
         for notice in notices:
             console.print(notice)
         for news in told:
