@@ -1,0 +1,366 @@
+"""Users per second that a ranker scores and trains on: packed rows against the other ways to do it.
+
+    python -m benchmarks.ranker            # SmolLM2-135M and a Phi-3 of 12M parameters: about an hour on two cores
+    python -m benchmarks.ranker --quick    # the Phi-3, 10 candidates, fp32
+
+Prompts have 400 tokens and candidates 24, all of them random. The peers are a sequence for each candidate in the same
+framework, in batches of the size that is fastest here, in scoring and in training; `vllm.LLM.classify` on the merged
+model, compiled, with its prefix cache; and packed rows, one in a pass, under a dense mask that Python builds row by
+row. A training step is forward and backward through LoRA on every attention layer, for one user of 10 candidates. Every
+system has fresh users in every turn, and turns alternate; vLLM and the memory of a training step are measured in
+processes of their own. All must give the same logits for one more user.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from benchmarks._report import report
+from pulse_ray.config import RankerConfig
+from pulse_ray.ranker import attention, model
+from pulse_ray.ranker.packing import TokenRow, pack
+from pulse_ray.ranker.scorer import Scorer
+
+PROMPT, CANDIDATE = 400, 24
+COUNTS = (10, 20, 100)
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PRECISIONS = ("fp32", "bf16")
+TOKENS = 4096
+"""Of one forward pass, as `score.token_budget` and `serve.ranker.token_budget` have it."""
+AT_ONCE = (1, 5, 10)
+"""Sequences in a batch, of which the separate peer has the best."""
+VOCABULARY = 30_000
+TURNS = 3
+LAST = 99
+"""Seed of the user that logits are compared for."""
+
+Figures = dict[str, Any]
+
+
+def main() -> int:
+    """Measures both models and prints the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the Phi-3, 10 candidates, fp32")
+    parser.add_argument("--only", choices=("smollm2", "phi3"), help="one of the two models")
+    parser.add_argument("--child", choices=("vllm", "memory"), help=argparse.SUPPRESS)
+    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps({"vllm": _vllm, "memory": _memory}[options.child](**options.settings)))
+        return 0
+    only = "phi3" if options.quick else options.only
+    figures: Figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("smollm2", "phi3"):
+            for precision in PRECISIONS[: 1 if options.quick else 2]:
+                if only in (None, name):
+                    case = Case(Path(folder) / name / precision, name, precision)
+                    figures[f"{name}_{precision}"] = _compare(case, COUNTS[:1] if options.quick else COUNTS)
+    return report("ranker", figures, _bars(figures))
+
+
+class Case:
+    """A model in a precision: an untrained adapter, and the merged model for vLLM."""
+
+    def __init__(self, folder: Path, name: str, precision: str) -> None:
+        folder.mkdir(parents=True)
+        base = str(_phi3(folder / "base")) if name == "phi3" else SMOLLM2
+        self.name, self.precision, self.folder = name, precision, folder
+        settings = {"model": base, "training": {"precision": precision}, "lora": {"dropout": 0.0}}
+        self.config = RankerConfig.model_validate(settings)
+        ranker = model.create(self.config)
+        model.save(ranker, folder / "adapter", self.config)
+        merged = ranker.model.merge_and_unload()
+        merged.save_pretrained(folder / "merged")
+        model.tokenizer(base).save_pretrained(folder / "merged")
+        (folder / "ranker.json").write_text(self.config.model_dump_json())
+
+
+def _phi3(folder: Path) -> Path:
+    """A Phi-3 of 12M parameters with random weights."""
+    tokenizer = model.tokenizer(SMOLLM2)
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=32_064,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _users(count: int, candidates: int, seed: int) -> list[TokenRow]:
+    draws = np.random.default_rng(seed)
+
+    def text(length: int) -> list[int]:
+        return [int(token) for token in draws.integers(100, VOCABULARY, length)]
+
+    return [
+        TokenRow(prompt=text(PROMPT), candidates=[text(CANDIDATE) for _ in range(candidates)]) for _ in range(count)
+    ]
+
+
+def _compare(case: Case, counts: tuple[int, ...]) -> Figures:
+    scorer = Scorer(case.folder / "adapter", case.config, {})
+    found: Figures = {}
+    for count in counts:
+        found[str(count)] = _scored(case, scorer, count)
+        print(case.name, case.precision, count, found[str(count)], file=sys.stderr, flush=True)
+    found["training"] = _trained(case) | {
+        f"{how}_peak_mib": _child("memory", case, how=how)["peak_mib"] for how in ("packed", "separate")
+    }
+    print(case.name, case.precision, found["training"], file=sys.stderr, flush=True)
+    return found
+
+
+def _scored(case: Case, scorer: Scorer, candidates: int) -> Figures:
+    """Users per second of every system, and how far their logits are from those of separate sequences."""
+    packed = max(2, 160 // candidates)
+    at_once = _fastest({size: _separate(scorer, size) for size in AT_ONCE}, _users(1, candidates, 0))
+    systems: dict[str, tuple[Callable[[list[TokenRow]], Any], int]] = {
+        "packed": (lambda users: scorer.score_tokens(users, TOKENS), packed),
+        "separate": (_separate(scorer, at_once), 1),
+        "mask_in_python": (_masked(scorer), max(1, packed // 4)),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in systems}
+    for turn in range(TURNS):
+        for name, (score, users) in systems.items():
+            rates[name].append(users / _seconds(score, _users(users, candidates, 1 + turn)))
+    median = {name: statistics.median(found) for name, found in rates.items()}
+    vllm = _child("vllm", case, candidates=candidates, users=packed)
+    median["vllm"] = vllm["users_per_s"]
+    user = _users(1, candidates, LAST)
+    logits = {name: np.concatenate(score(user)) for name, (score, _) in systems.items()} | {"vllm": vllm["logits"]}
+    right = logits.pop("separate")
+    return {
+        "separate_at_once": at_once,
+        "users_per_s": {name: round(rate, 3) for name, rate in median.items()},
+        "of_token_ratio": round(median["packed"] / median["separate"] / _token_ratio(candidates), 3),
+        "over_vllm": round(median["packed"] / median["vllm"], 2),
+        "over_mask_in_python": round(median["packed"] / median["mask_in_python"], 2),
+        "logits_apart": {name: float(np.abs(found - right).max()) for name, found in logits.items()},
+        "logits_std": float(right.std()),
+        "vllm_cached_tokens": vllm["cached_tokens"],
+    }
+
+
+def _fastest(ways: dict[int, Callable[[list[TokenRow]], Any]], users: list[TokenRow]) -> int:
+    """Which of some ways is, each warmed up first."""
+    taken = {name: [_seconds(way, users) for _ in range(1 + TURNS)][1:] for name, way in ways.items()}
+    return min(taken, key=lambda name: statistics.median(taken[name]))
+
+
+def _token_ratio(candidates: int) -> float:
+    return candidates * (PROMPT + CANDIDATE) / (PROMPT + candidates * CANDIDATE)
+
+
+def _seconds(score: Callable[[list[TokenRow]], Any], users: list[TokenRow]) -> float:
+    started = time.perf_counter()
+    score(users)
+    return time.perf_counter() - started
+
+
+def _separate(scorer: Scorer, at_once: int) -> Callable[[list[TokenRow]], list[np.ndarray]]:
+    """A sequence for each candidate."""
+
+    @torch.inference_mode()
+    def score(users: list[TokenRow]) -> list[np.ndarray]:
+        scorer.ranker.model.get_base_model().set_attn_implementation("sdpa")
+        found = [torch.cat(list(_sequences(scorer.ranker, user, at_once))).float().numpy() for user in users]
+        scorer.ranker.model.get_base_model().set_attn_implementation(attention.NAME)
+        return found
+
+    return score
+
+
+def _sequences(ranker: model.PackedRanker, user: TokenRow, at_once: int) -> Iterator[torch.Tensor]:
+    for start in range(0, len(user.candidates), at_once):
+        tokens = torch.tensor([user.prompt + candidate for candidate in user.candidates[start : start + at_once]])
+        yield ranker.model(input_ids=tokens).logits[:, 0]
+
+
+def _masked(scorer: Scorer) -> Callable[[list[TokenRow]], list[np.ndarray]]:
+    """One packed row at a time under a dense mask."""
+
+    @torch.inference_mode()
+    def score(users: list[TokenRow]) -> list[np.ndarray]:
+        base = scorer.ranker.model.get_base_model()
+        base.set_attn_implementation("sdpa")
+        found = []
+        for user in users:
+            batch = pack([user])
+            hidden_1LD = getattr(base, base.base_model_prefix)(
+                input_ids=batch.input_ids_T[None],
+                position_ids=batch.positions_T[None],
+                attention_mask=_mask_row_by_row(user),
+            ).last_hidden_state
+            found.append(base.score(hidden_1LD[0, batch.ends_BK[0]])[:, 0].float().numpy())
+        base.set_attn_implementation(attention.NAME)
+        return found
+
+    return score
+
+
+def _mask_row_by_row(user: TokenRow) -> torch.Tensor:
+    prompt, length = len(user.prompt), user.packed_length
+    mask = torch.zeros(1, 1, length, length, dtype=torch.bool)
+    for row in range(prompt):
+        mask[0, 0, row, : row + 1] = True
+    start = prompt
+    for candidate in user.candidates:
+        for row in range(start, start + len(candidate)):
+            mask[0, 0, row, :prompt] = True
+            mask[0, 0, row, start : row + 1] = True
+        start += len(candidate)
+    return mask
+
+
+def _trained(case: Case) -> Figures:
+    """Steps per second of one user, packed and separate, and how far their gradients are apart."""
+    ranker = model.create(case.config)
+    torch.manual_seed(0)
+    for name, parameter in ranker.named_parameters():
+        if "lora_B" in name:  # Zero at the start: the gradients of half of the weights would be, too.
+            torch.nn.init.normal_(parameter, std=0.02)
+    ways: dict[int, Callable[[list[TokenRow]], Any]] = {
+        size: lambda users, size=size: _step(ranker, size, users[0])  # type: ignore[misc]
+        for size in AT_ONCE
+    }
+    at_once = _fastest(ways, _users(1, 10, 0))
+    seconds: dict[str, list[float]] = {"packed": [], "separate": []}
+    gradients: dict[str, torch.Tensor] = {}
+    for turn in range(1 + TURNS):
+        for how, taken in seconds.items():
+            started = time.perf_counter()
+            gradients[how] = _step(ranker, None if how == "packed" else at_once, _users(1, 10, turn)[0])
+            taken.append(time.perf_counter() - started)
+    apart = (gradients["packed"] - gradients["separate"]).norm() / gradients["separate"].norm()
+    median = {how: statistics.median(taken[1:]) for how, taken in seconds.items()}
+    return {
+        "separate_at_once": at_once,
+        "packed_over_separate": round(median["separate"] / median["packed"], 2),
+        "steps_per_s": {how: round(1 / taken, 3) for how, taken in median.items()},
+        "gradients_apart": float(apart),
+    }
+
+
+def _step(ranker: model.PackedRanker, at_once: int | None, user: TokenRow) -> torch.Tensor:
+    """Forward and backward for one user, packed or with so many sequences at once. Returns the gradient, flat.
+
+    The softmax joins all candidates, so the graphs of all sequences live until the backward pass.
+    """
+    if at_once is None:
+        logits_BK = ranker(pack([user]))
+    else:
+        base = ranker.model.get_base_model()
+        base.set_attn_implementation("sdpa")
+        logits_BK = torch.cat(list(_sequences(ranker, user, at_once)))[None].float()
+        base.set_attn_implementation(attention.NAME)
+    loss = F.cross_entropy(logits_BK, torch.tensor([3]))
+    trainable = [parameter for parameter in ranker.parameters() if parameter.requires_grad]
+    return torch.cat([one.float().flatten() for one in torch.autograd.grad(loss, trainable)])
+
+
+def _child(which: str, case: Case, **settings: Any) -> Figures:
+    settings |= {"folder": str(case.folder)}
+    command = [sys.executable, "-m", "benchmarks.ranker", "--child", which, "--settings", json.dumps(settings)]
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, check=True, cwd=root)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _memory(folder: str, how: str) -> Figures:
+    """What a training step adds to the memory of a process at its peak, which is forgotten before it."""
+    config = RankerConfig.model_validate_json((Path(folder) / "ranker.json").read_text())
+    ranker = model.create(config)
+    at_once = None if how == "packed" else 1
+    _step(ranker, at_once, TokenRow(prompt=[1] * 8, candidates=[[1]] * 4))  # What is loaded once counts for neither.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_kib("VmRSS")
+    _step(ranker, at_once, _users(1, 10, 0)[0])
+    return {"peak_mib": round((_status_kib("VmHWM") - before) / 1024, 1)}
+
+
+def _status_kib(name: str) -> int:
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1])
+
+
+def _vllm(folder: str, candidates: int, users: int) -> Figures:
+    from pulse_ray.config import EngineConfig
+    from pulse_ray.generation.engine import prepare_environment, vllm_arguments
+
+    config = RankerConfig.model_validate_json((Path(folder) / "ranker.json").read_text())
+    dtype = "bfloat16" if config.training.precision == "bf16" else "float32"
+    engine = EngineConfig.model_validate({"model": config.model, "dtype": dtype, "max_model_len": 512, "compile": True})
+    prepare_environment(engine)
+    from vllm import LLM, PoolingParams, TokensPrompt
+
+    # Blocks that end where the prompt does, so that nothing of it is computed twice.
+    arguments = vllm_arguments(engine, f"{folder}/merged") | {"block_size": 16}
+    llm = LLM(**arguments, runner="pooling", convert="classify", disable_log_stats=True)
+
+    def scored(rows: list[TokenRow]) -> list[Any]:
+        prompts = [
+            TokensPrompt(prompt_token_ids=row.prompt + candidate) for row in rows for candidate in row.candidates
+        ]
+        return list(llm.classify(prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False))
+
+    seconds = [_seconds(scored, _users(users, candidates, turn)) for turn in range(1 + TURNS)]
+    last = scored(_users(1, candidates, LAST))
+    return {
+        "users_per_s": users / statistics.median(seconds[1:]),
+        "logits": [one.outputs.probs[0] for one in last],
+        "cached_tokens": sum(one.num_cached_tokens for one in last),
+    }
+
+
+def _bars(figures: Figures) -> dict[str, dict[str, Any]]:
+    bars: dict[str, dict[str, Any]] = {}
+
+    def bar(name: str, value: float, least: float) -> None:
+        bars[name] = {"value": value, "bar": least, "holds": value >= least}
+
+    def at_most(name: str, value: float, most: float) -> None:
+        bars[name] = {"value": value, "bar": most, "holds": value <= most}
+
+    for name, found in figures.items():
+        for count in (str(count) for count in COUNTS if str(count) in found):
+            bar(f"{name}_{count}_of_token_ratio", found[count]["of_token_ratio"], 0.85)
+            if count != "20":
+                bar(f"{name}_{count}_over_vllm", found[count]["over_vllm"], 1.1 if count == "10" else 1.5)
+            if "fp32" in name:
+                at_most(f"{name}_{count}_logits_apart", found[count]["logits_apart"]["packed"], 1e-4)
+        bar(f"{name}_training", found["training"]["packed_over_separate"], 4)
+        if "fp32" in name:
+            at_most(f"{name}_gradients_apart", found["training"]["gradients_apart"], 1e-3)
+    return bars
+
+
+if __name__ == "__main__":
+    sys.exit(main())
