@@ -44,13 +44,8 @@ LIBRARIES = {
     "ray": ("runtime", "training.*", "generation.pool", "*.stage", "serving.app", "submission", "cli"),
     "vllm": ("generation.engine",),
     "torch": (
-<<<<<<< HEAD
-        *("models", "training", "candidates.sasrec", "candidates.losses", "thought_space.*"),
-        *("ranker.packing", "ranker.attention", "ranker.model", "ranker.loop", "ranker.scorer"),
-=======
         *("models", "training.*", "candidates.sasrec", "candidates.losses", "thought_space.*"),
-        *("ranker.packing", "ranker.model", "ranker.loop", "ranker.scorer"),
->>>>>>> a7b8459 (Training: sharded weights, damaged checkpoints, passes that do not fit, curves (not run yet))
+        *("ranker.packing", "ranker.attention", "ranker.model", "ranker.loop", "ranker.scorer"),
     ),
     "deepspeed": ("training.worker",),
     "tensorboardX": ("training.fitting",),
