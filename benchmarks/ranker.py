@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from benchmarks._report import report
-from pulse_ray.config import RankerConfig
+from pulse_ray.config import CPU_TOKENS, RankerConfig
 from pulse_ray.ranker import attention, model
 from pulse_ray.ranker.packing import TokenRow, pack
 from pulse_ray.ranker.scorer import Scorer
@@ -41,8 +41,6 @@ PROMPT, CANDIDATE = 400, 24
 COUNTS = (10, 20, 100)
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PRECISIONS = ("fp32", "bf16")
-TOKENS = 4096
-"""Of one forward pass, as `score.token_budget` and `serve.ranker.token_budget` have it."""
 AT_ONCE = (1, 5, 10)
 """Sequences in a batch, of which the separate peer has the best."""
 VOCABULARY = 30_000
@@ -142,7 +140,7 @@ def _scored(case: Case, scorer: Scorer, candidates: int) -> Figures:
     packed = max(2, 160 // candidates)
     at_once = _fastest({size: _separate(scorer, size) for size in AT_ONCE}, _users(1, candidates, 0))
     systems: dict[str, tuple[Callable[[list[TokenRow]], Any], int]] = {
-        "packed": (lambda users: scorer.score_tokens(users, TOKENS), packed),
+        "packed": (lambda users: scorer.score_tokens(users, CPU_TOKENS), packed),
         "separate": (_separate(scorer, at_once), 1),
         "mask_in_python": (_masked(scorer), max(1, packed // 4)),
     }
@@ -321,8 +319,8 @@ def _vllm(folder: str, candidates: int, users: int) -> Figures:
     prepare_environment(engine)
     from vllm import LLM, PoolingParams, TokensPrompt
 
-    # Blocks that end where the prompt does, so that nothing of it is computed twice.
-    arguments = vllm_arguments(engine, f"{folder}/merged") | {"block_size": 16}
+    # The smallest blocks that vLLM has on CPU: what of the prompt does not fill one is computed for every candidate.
+    arguments = vllm_arguments(engine, f"{folder}/merged") | {"block_size": 32}
     llm = LLM(**arguments, runner="pooling", convert="classify", disable_log_stats=True)
 
     def scored(rows: list[TokenRow]) -> list[Any]:

@@ -5,7 +5,7 @@
 
 Sequences are Amazon Video Games' (2018, 5-core) from ../shared/data where that is there, else drawn. Of each user the
 newest item is the test target and the one before it the validation target; the rest trains. Ours goes through
-`training.fit` as in a run. RecBole 1.2.1 runs in a process and a virtual environment of its own (`.bench/recbole`, made
+`fitting.fit` as in a run. RecBole 1.2.1 runs in a process and a virtual environment of its own (`.bench/recbole`, made
 on the first run) with as many dimensions, layers and heads, and nearly its own defaults for the rest. RecBole trains as
 many epochs as fit into the given minutes, validation not counted; ours a fixed number. Both keep the epoch that was
 best on validation. The same code ranks for both: items of the history are left out, ties rank against the target, and
@@ -32,11 +32,12 @@ from ray import cloudpickle
 
 from benchmarks._report import report
 from benchmarks.score import sequences
-from pulse_ray import runtime, training
+from pulse_ray import runtime
 from pulse_ray.candidates.sasrec import Sasrec, SasrecTask, catalogue_ranks
 from pulse_ray.config import ClusterConfig, SasrecConfig, TrainingConfig
 from pulse_ray.metrics import hit_ratio, ndcg, ranks
 from pulse_ray.schema import example_id, table
+from pulse_ray.training import fitting
 from pulse_ray.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
@@ -180,7 +181,7 @@ def ours(config: SasrecConfig, workspace: Workspace, folder: Path, cases: Sequen
     clock, output = folder / "clock.txt", workspace.artefact("sasrec")
     started = time.monotonic()
     with runtime.cluster(ClusterConfig()):
-        record = training.fit(
+        record = fitting.fit(
             Timed,
             *(clock, config, workspace.artefact("items"), workspace.artefact("examples"), MAX_LENGTH),
             config=config.training,
@@ -196,7 +197,7 @@ def ours(config: SasrecConfig, workspace: Workspace, folder: Path, cases: Sequen
     return {
         **quality(model.states([case.history for case in cases]), model.items.weight.detach().numpy(), cases),
         "epochs": len(epochs_s),
-        "best_epoch": round(training.best_metrics(record)["epoch"]),
+        "best_epoch": round(fitting.best_metrics(record)["epoch"]),
         "seconds_per_epoch": round(float(np.median(epochs_s)), 2),
         "epochs_s": epochs_s,
         "minutes": round(wall_s / 60, 1),

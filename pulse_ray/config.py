@@ -40,6 +40,9 @@ from pulse_ray.errors import ConfigError
 
 OPERATIONAL = "operational"
 
+CPU_TOKENS = 1536
+"""In one forward pass of a ranker, by default: with more of them a CPU's cache holds none of its layers' results."""
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
@@ -489,7 +492,9 @@ class EvaluateConfig(Section):
     bootstrap_samples: Count = 2000
     report_users: Annotated[int, Field(ge=0)] = Field(5, description="users whose tree and ranking the report shows")
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
-    token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the scorer")
+    token_budget: Annotated[Count, OPERATIONAL] = Field(
+        CPU_TOKENS, description="tokens in one forward pass of the scorer; a GPU is filled by ten times as many"
+    )
 
 
 class ScoreConfig(Section):
@@ -504,7 +509,9 @@ class ScoreConfig(Section):
         0.1, description="largest share of users that may be set aside"
     )
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
-    token_budget: Annotated[Count, OPERATIONAL] = Field(4096, description="tokens in one forward pass of the ranker")
+    token_budget: Annotated[Count, OPERATIONAL] = Field(
+        CPU_TOKENS, description="tokens in one forward pass of the ranker; a GPU is filled by ten times as many"
+    )
 
 
 class LimitsConfig(Section):
@@ -529,7 +536,7 @@ class RankingConfig(DeploymentConfig):
     """The ranker: packed forward passes over as many requests as fit a token budget."""
 
     adapter: str | None = Field(None, description="folder or URI of another adapter than the run's, to roll out")
-    token_budget: Count = Field(4096, description="packed tokens of the requests that go together")
+    token_budget: Count = Field(CPU_TOKENS, description="packed tokens of the requests that go together")
     batch_wait_s: Annotated[float, Field(ge=0)] = Field(0.01, description="a batch that is not full waits for company")
     max_wait_s: Annotated[float, Field(ge=0)] = Field(
         2, description="a request whose turn would come later is refused, as one above max_ongoing_requests would be"

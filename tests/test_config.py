@@ -80,8 +80,9 @@ OPERATIONAL = (
         ("name=..", "'name'", "pattern"),
         ("prepare.domains.0.source.interactions=x", "unknown key 'prepare.domains.0.source.interactions'", "users"),
         ("thought_space.negatives=0", "'thought_space.negatives'", "greater than or equal to 1"),
-        ("thought_space.training.workers.count=2", "negatives from one worker's batch", "Change"),
-        ("ranker.training.zero_stage=3", "'ranker.training.zero_stage'", "0, 1 or 2"),
+        ("thought_space.training.micro_batch_size=2", "negatives from all examples of a step", "Change"),
+        ("ranker.training.zero_stage=4", "'ranker.training.zero_stage'", "0, 1, 2 or 3"),
+        ("thought_space.training.zero_stage=3", "only the ranker is large enough for", "Change"),
         ("evaluate.splits=[test,test]", "splits repeat", "Change"),
         ("serve.variant=base", "serve.variant is 'base', not one of ['thought_space']", "Change"),
         ("serve.store=redis://u:secret@x/0", "an address of Redis takes no password and no options", "Change"),
@@ -212,7 +213,7 @@ def _others(value: Any) -> list[Any]:
         return [not value]
     if isinstance(value, int | float):
         return [value + 1, value * 2, value / 2, value - 1]
-    return [*words, "other", 3, 99, [0.5, 0.5]]
+    return [*words, "other", 3, 99, 0.5, [0.5, 0.5]]
 
 
 POOLS = [f"{key}.pool" for key in ("engine", "candidates", "select", "evaluate", "score")]

@@ -91,6 +91,7 @@ class Regression:
 
 ONCE = WorkersConfig(max_failures=0)
 TWO = WorkersConfig(count=2, cpus=0.5, threads=1)
+TWO_ONCE = TWO.model_copy(update={"max_failures": 0})
 CONFIG = TrainingConfig(epochs=4, batch_size=8, micro_batch_size=3, lr=2e-2, workers=WorkersConfig(max_failures=1))
 
 
@@ -178,20 +179,14 @@ def test_two_workers_give_the_losses_of_one(stage: int, plain: Trained, tmp_path
     plain.check_close(tmp_path / "run/model/two", 1e-4)
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_another_number_of_workers_goes_on(before: int, after: int, ray_cluster: None, tmp_path: Path) -> None:
-    sizes = {1: ONCE, 2: TWO.model_copy(update={"max_failures": 0})}
-    # After the checkpoint of step 7; two workers make two passes in a step, one makes three.
-    trip_at = {1: 30, 2: 20}[before]
-    with pytest.raises(TrainingError, match="training workers failed"):
-        fit(
-            tmp_path,
-            "moved",
-            CONFIG.model_copy(update={"workers": sizes[before]}),
-            tripwire=tmp_path / "tripped",
-            trip_at=trip_at,
-        )
-    found = fit(tmp_path, "moved", CONFIG.model_copy(update={"workers": sizes[after]}))
+def test_another_number_of_workers_goes_on(ray_cluster: None, tmp_path: Path) -> None:
+    """From one worker to two, and from two to one."""
+    moved = [CONFIG.model_copy(update={"workers": workers}) for workers in (ONCE, TWO_ONCE)]
+    # After the checkpoints of steps 7 and 14; one worker makes three passes in a step, two make two.
+    for config, trip_at in zip(moved, (30, 20), strict=True):
+        with pytest.raises(TrainingError, match="training workers failed"):
+            fit(tmp_path, "moved", config, tripwire=tmp_path / f"tripped {trip_at}", trip_at=trip_at)
+    found = fit(tmp_path, "moved", moved[0])
     assert [entry["step"] for entry in found["evaluations"]] == [0, 7, 14, 21, 28]
     assert [entry["step"] for entry in found["steps"]] == list(range(1, 29))
     assert found["evaluations"][-1]["loss"] < 0.5 * found["evaluations"][0]["loss"]
@@ -217,7 +212,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
 
 
 def test_what_does_not_fit_is_split(plain: Trained, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    found = fit(tmp_path, "split", CONFIG.model_copy(update={"micro_batch_size": None}), fits=2, dropout=0.0)
+    found = fit(tmp_path, "split", CONFIG.model_copy(update={"micro_batch_size": None}), fits=4, dropout=0.0)
     for one, other in zip(found["steps"], plain.record["steps"], strict=True):
         assert one == pytest.approx(other, rel=1e-4)
     plain.check_close(tmp_path / "run/model/split", 1e-5)

@@ -23,6 +23,9 @@ from pulse_ray.ranker.packing import PAD, PackedBatch
 NAME = "pulse_ray_packed"
 """Of the function in transformers' registry."""
 
+PRODUCTS = 2**20
+"""Of queries and keys that are held at once: what a cache holds on a CPU, and little of a GPU's memory."""
+
 REMEDY = "Choose a Llama, Qwen, Gemma 1 or 3, Mistral or Phi model"
 """Where rows of a model's tokens cannot follow each other."""
 
@@ -77,15 +80,18 @@ def attend(
     if remembered:
         prompt_key_BPGD, prompt_value_BPGD = key_TGD[None, :remembered], value_TGD[None, :remembered]
     if packing.candidates_BKS.numel():
-        parts.append(
+        products = query_THD.shape[1] * packing.candidates_BKS[:, 0].numel() * prompt_key_BPGD.shape[1]
+        found = [
             _candidates(
-                query_THD[packing.candidates_BKS],
+                query_THD[places_BKS],
                 (prompt_key_BPGD, prompt_value_BPGD),
-                (own_key_TGD[packing.candidates_BKS], own_value_TGD[packing.candidates_BKS]),
+                (own_key_TGD[places_BKS], own_value_TGD[places_BKS]),
                 prompts == PAD if len(prompts) > 1 else None,  # A row by itself has no padding.
                 scaling,
             )
-        )
+            for places_BKS in torch.split(packing.candidates_BKS, max(1, PRODUCTS // max(1, products)), dim=1)
+        ]
+        parts.append(torch.cat(found, dim=1).flatten(0, 2))
     return torch.cat(parts)[packing.slots_T][None], None
 
 
@@ -105,7 +111,7 @@ def _candidates(
     padding_BP: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention of the candidates to keys and values of their prompts and their own: [B · K · S, H, D]."""
+    """Attention of the candidates to keys and values of their prompts and their own: [B, K, S, H, D]."""
     heads, size = prompt_BPGD[0].shape[2], query_BKSHD.shape[2]
     query_BGQKSD = query_BKSHD.reshape(*query_BKSHD.shape[:3], heads, -1, query_BKSHD.shape[-1]).permute(
         0, 3, 4, 1, 2, 5
@@ -128,7 +134,7 @@ def _candidates(
     weights = scores.softmax(dim=-1).to(query_BKSHD.dtype)
     on_prompt, on_own = weights[..., :-size], weights[..., -size:]
     found_BGQKSD = (on_prompt.flatten(2, 4) @ prompt_value_BGPD).reshape(*shape, -1) + on_own @ own_value_BG1KSD
-    return found_BGQKSD.permute(0, 3, 4, 1, 2, 5).flatten(3, 4).flatten(0, 2)
+    return found_BGQKSD.permute(0, 3, 4, 1, 2, 5).flatten(3, 4)
 
 
 AttentionInterface.register(NAME, attend)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pulse_ray import catalogue
-from pulse_ray.config import RankerConfig, Variant
+from pulse_ray.config import CPU_TOKENS, RankerConfig, Variant
 from pulse_ray.metrics import ranks
 from pulse_ray.ranker import model
 from pulse_ray.ranker.packing import PackedBatch, PromptEncoder, TokenRow, budgeted, pack
@@ -20,8 +20,8 @@ from pulse_ray.schema import Split, histories
 from pulse_ray.training.task import Read
 from pulse_ray.workspace import Artefact, Part
 
-VALIDATION_TOKENS = 8192
-"""Tokens in one forward pass of the validation."""
+GPU_TOKENS = 8192
+"""In one forward pass of the validation on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,8 @@ class RankerTask:
 
     def validate(self, engine: nn.Module, rank: int, world: int) -> dict[str, tuple[float, int]]:
         loss, hits, count = 0.0, 0, 0
-        batches = list(budgeted(self.validation, VALIDATION_TOKENS))
+        on_gpu = next(engine.parameters()).is_cuda
+        batches = list(budgeted(self.validation, GPU_TOKENS if on_gpu else CPU_TOKENS))
         for first in range(0, len(batches), world):
             # Who has none left goes through another's, for nothing: with sharded weights all workers make every pass.
             indices = batches[min(first + rank, len(batches) - 1)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from torch.nn import functional as F
 
 from pulse_ray import models
 from pulse_ray.text import CountTokens
+from pulse_ray.thought_space import flat
 
 Tower = Literal["rationale", "history"]
+Features = dict[str, Any]
 TOWERS: tuple[Tower, Tower] = ("rationale", "history")
 ENCODE_BATCH = 64
 
@@ -36,6 +38,7 @@ class Encoders(nn.Module):
     def __init__(self, rationale: SentenceTransformer, history: SentenceTransformer) -> None:
         super().__init__()
         self.rationale, self.history = rationale, history
+        self._first_positions: dict[Tower, int | None] = {}
 
     @classmethod
     def create(cls, model: str, max_tokens: int | None, *, shared: bool) -> Encoders:
@@ -58,21 +61,26 @@ class Encoders(nn.Module):
         if self.history is not self.rationale:
             self.history.save(str(folder / "history"), create_model_card=False)
 
-    def forward(
-        self, rationales: dict[str, torch.Tensor], behaviours: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit vectors of both sides: ([B, D], [B, D]). Arguments hold `input_ids` and `attention_mask`: [B, L]."""
+    def forward(self, rationales: Features, behaviours: Features) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit vectors of both sides: ([B, D], [B, D]). Arguments are what `tokens` gives."""
         return self._embed(self.rationale, rationales), self._embed(self.history, behaviours)
 
     @staticmethod
-    def _embed(tower: SentenceTransformer, features: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _embed(tower: SentenceTransformer, features: Features) -> torch.Tensor:
         return F.normalize(tower(dict(features))["sentence_embedding"].float(), dim=-1)
 
-    def tokens(self, tower: Tower, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Token features of texts, padded to the longest: each [B, L]."""
-        model = getattr(self, tower)
-        features = model.preprocess(list(texts))
-        return {name: value.to(model.device) for name, value in features.items() if isinstance(value, torch.Tensor)}
+    def tokens(self, tower: Tower, texts: Sequence[str]) -> Features:
+        """Token features of texts: without padding, each [1, T], or padded to the longest, each [B, L].
+
+        The first it is where the tower can read it (`flat.first_position`).
+        """
+        model: SentenceTransformer = getattr(self, tower)
+        if tower not in self._first_positions:
+            self._first_positions[tower] = flat.first_position(model)
+        given = model.preprocess(list(texts)).items()
+        features = {name: value.to(model.device) for name, value in given if isinstance(value, torch.Tensor)}
+        first = self._first_positions[tower]
+        return features if first is None else flat.flattened(features, first)
 
     def encode(self, tower: Tower, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts: [n, D] float32, batched by length."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import distributed
+from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 
@@ -26,7 +27,7 @@ def gathered(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     most = max(sizes)
     padded = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, most - len(rows)))
     if rows.requires_grad:
-        found = distributed.nn.functional.all_gather(padded)
+        found = all_gather(padded)  # type: ignore[no-untyped-call]
     else:
         found = [torch.empty_like(padded) for _ in sizes]
         distributed.all_gather(found, padded)

@@ -16,7 +16,7 @@ from pulse_ray.schema import Example, examples
 from pulse_ray.seeding import derive
 from pulse_ray.text import behaviour_text
 from pulse_ray.thought_space import gathering
-from pulse_ray.thought_space.encoders import Encoders
+from pulse_ray.thought_space.encoders import Encoders, Features
 from pulse_ray.thought_space.loss import Labels, allowed_negatives, info_nce, sample_negatives
 from pulse_ray.training.task import Read
 from pulse_ray.workspace import Artefact
@@ -94,12 +94,13 @@ class Towers(nn.Module):
     def __init__(self, encoders: Encoders, temperature: float, *, learned: bool) -> None:
         super().__init__()
         self.encoders = encoders
-        self.log_temperature = nn.Parameter(torch.tensor(temperature).log(), requires_grad=learned)
+        # Of one element, as DeepSpeed cannot take parameters without a dimension.
+        self.log_temperature = nn.Parameter(torch.tensor([temperature]).log(), requires_grad=learned)
 
-    def forward(self, **features: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, **features: Features) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unit vectors of rationales and behaviours, and the temperature: [B, D], [B, D], []."""
         rationales_BD, behaviours_BD = self.encoders(**features)
-        return rationales_BD, behaviours_BD, self.log_temperature.exp().clamp(min=LEAST_TEMPERATURE)
+        return rationales_BD, behaviours_BD, self.log_temperature[0].exp().clamp(min=LEAST_TEMPERATURE)
 
 
 def _labels(pairs: Sequence[Pair], device: torch.device) -> Labels:
@@ -148,9 +149,10 @@ class ThoughtSpaceTask:
         rationales = self.encoders.tokens("rationale", [pair.rationale for pair in chosen])
         behaviours = self.encoders.tokens("history", texts)
         if training:
-            for mask_BL in (rationales["attention_mask"], behaviours["attention_mask"]):
-                self.read.tokens += int(mask_BL.sum())
-                self.read.places += mask_BL.numel()
+            for features in (rationales, behaviours):
+                places = features["input_ids"].numel()
+                self.read.places += places
+                self.read.tokens += int(features["attention_mask"].sum()) if "attention_mask" in features else places
         rationales_BD, behaviours_BD, temperature = engine(rationales=rationales, behaviours=behaviours)
         labels = _labels(chosen, rationales_BD.device)
         rank, sizes = 0, [len(chosen)]

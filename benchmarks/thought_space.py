@@ -1,0 +1,274 @@
+"""Training of the Thought Space against sentence-transformers' own trainer, on the same two towers and texts.
+
+    python -m benchmarks.thought_space            # MiniLM: some ten minutes on two cores
+    python -m benchmarks.thought_space --quick    # a few steps: the path, not the figures
+
+Behaviours are histories of the synthetic shop, of 4 to 20 purchases; a rationale is made of what the customer wrote of
+the two best liked ones and of the target's description. Both sides train two MiniLM towers on the same pairs for one
+epoch: the same batch size, lengths, precision, learning rate, schedule, clipping and in-batch negatives (all of them;
+`MultipleNegativesRankingLoss` with a `Router`). Ours is the task of the stage, as `pulse-ray run` trains it, under Ray
+Train and DeepSpeed. Retrieval is that of a held-out rationale's own behaviour among a hundred, by one piece of code.
+
+Examples per second are those of the median step, validation and start-up not counted. Systems take turns. A second pair
+of figures is of texts that are all cut to one length, so that what padding costs can be told from the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from ray import cloudpickle
+
+from benchmarks._report import report
+from pulse_ray import models, runtime
+from pulse_ray.config import ClusterConfig, SyntheticSource, ThoughtSpaceConfig
+from pulse_ray.data.synthetic import Shop
+from pulse_ray.schema import example_id, table
+from pulse_ray.thought_space.encoders import Encoders
+from pulse_ray.thought_space.loop import Pair, ThoughtSpaceTask
+from pulse_ray.training import fitting
+from pulse_ray.workspace import Artefact, Workspace
+from tests.histories import item_rows
+
+DOMAIN = "shop"
+SEED = 3
+WARM_UP = 3
+"""Steps that do not count."""
+POOL = 100
+TURNS = 2
+EVEN_TOKENS = 64
+"""Of every text, where all have one length."""
+
+# Ray's workers cannot import the benchmarks.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def main() -> int:
+    """Measures both and prints the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few steps: the path, not the figures")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(_peer(options.child)))
+        return 0
+    users, turns = (160, 1) if options.quick else (1200, TURNS)
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, runtime.cluster(ClusterConfig()):
+        for name, max_tokens in (("texts", 256), ("even_texts", EVEN_TOKENS)):
+            found: dict[str, list[dict[str, Any]]] = {"ours": [], "sentence_transformers": []}
+            for turn in range(turns if name == "texts" else 1):
+                case = Case(Path(folder) / f"{name}_{turn}", users, max_tokens)
+                for system, run in (("ours", case.ours), ("sentence_transformers", case.peer)):
+                    found[system].append(run())
+                    print(name, system, found[system][-1], file=sys.stderr, flush=True)
+            figures[name] = {
+                system: {key: round(median(one[key] for one in measured), 4) for key in measured[0]}
+                for system, measured in found.items()
+            }
+            rates = [figures[name][system]["examples_per_s"] for system in ("ours", "sentence_transformers")]
+            figures[name]["ratio"] = round(rates[0] / rates[1], 3)
+    apart = figures["texts"]["ours"]["r@1"] - figures["texts"]["sentence_transformers"]["r@1"]
+    return report(
+        "thought_space",
+        figures,
+        {
+            "over_sentence_transformers": _bar(figures["texts"]["ratio"], 1.5),
+            # One standard error of a share of some 240 held-out users is 0.03 at most.
+            "retrieval_not_below": _bar(round(apart, 4), -0.03),
+        },
+    )
+
+
+def _bar(value: float, least: float) -> dict[str, Any]:
+    return {"value": value, "bar": least, "holds": value >= least}
+
+
+class Timed(ThoughtSpaceTask):
+    """Notes in a file when each step began."""
+
+    def __init__(self, clock: Path, *args: Any) -> None:
+        super().__init__(*args)
+        self.clock = clock
+
+    def losses(self, engine: Any, indices: Sequence[int]) -> Any:
+        with self.clock.open("a") as file:
+            file.write(f"{time.monotonic()}\n")
+        return super().losses(engine, indices)
+
+
+class Case:
+    """A shop's pairs, and both systems on them."""
+
+    def __init__(self, folder: Path, users: int, max_tokens: int) -> None:
+        folder.mkdir()
+        self.folder = folder
+        self.config = ThoughtSpaceConfig.model_validate(
+            {
+                "negatives": "all",
+                "drop_target": 0.0,
+                "max_tokens": max_tokens,
+                "text": {"history_tokens": 224, "review_words": 12},
+                "training": {
+                    **{"epochs": 1, "batch_size": 32, "lr": 1e-4, "zero_stage": 0, "evaluations_per_epoch": 1},
+                    "workers": {"cpus": os.cpu_count()},
+                },
+            }
+        )
+        self.workspace = Workspace(str(folder), "run")
+        self.tables = [self.workspace.artefact(name) for name in ("items", "examples", "rationales")]
+        _write(Shop(SyntheticSource(kind="synthetic", users=users, items=600, max_purchases=20), SEED), *self.tables)
+
+    def ours(self) -> dict[str, float]:
+        """Trains as the stage does."""
+        clock, output = self.folder / "clock.txt", self.workspace.artefact("encoders")
+        fitting.fit(
+            Timed,
+            *(clock, self.config, *self.tables, SEED),
+            config=self.config.training,
+            seed=SEED,
+            output=output,
+            folder="",
+            title="encoders",
+        )
+        starts = np.array([float(line) for line in clock.read_text().split()])
+        return self._measured(np.diff(starts), Encoders.load(Path(output.path)))
+
+    def peer(self) -> dict[str, float]:
+        """Trains with sentence-transformers, in a process of its own."""
+        task = ThoughtSpaceTask(self.config, *self.tables, SEED)
+        texts = {"anchor": _behaviours(task, task.train), "positive": [pair.rationale for pair in task.train]}
+        settings = {"texts": texts, "config": self.config.model_dump(mode="json"), "folder": str(self.folder / "peer")}
+        (self.folder / "peer.json").write_text(json.dumps(settings))
+        command = [sys.executable, "-m", "benchmarks.thought_space", "--child", str(self.folder / "peer.json")]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
+        steps = json.loads(done.stdout.splitlines()[-1])
+        return self._measured(np.array(steps), Encoders.load(self.folder / "peer"))
+
+    def _measured(self, steps_s: np.ndarray, trained: Encoders) -> dict[str, float]:
+        task = ThoughtSpaceTask(self.config, *self.tables, SEED)
+        pairs = task.held
+        rationales = [pair.rationale for pair in pairs]
+        vectors_ND = trained.encode("history", _behaviours(task, pairs))
+        similar_NN = trained.encode("rationale", rationales) @ vectors_ND.T
+        draws = np.random.default_rng(SEED)
+        hits = 0
+        for row, similar_N in enumerate(similar_NN):
+            others = np.delete(np.arange(len(pairs)), row)
+            rivals = draws.choice(others, min(POOL - 1, len(others)), replace=False)
+            hits += int(similar_N[row] > similar_N[rivals].max())
+        batch = self.config.training.batch_size
+        counted = np.array([[len(ids) for ids in _ids(trained, pairs, task)]])
+        return {
+            "examples_per_s": batch / float(np.median(steps_s[min(WARM_UP, len(steps_s) - 1) :])),
+            "r@1": hits / len(pairs),
+            "held_out": len(pairs),
+            "steps": len(steps_s),
+            "mean_tokens": float(counted.mean()),
+        }
+
+
+def _ids(trained: Encoders, pairs: Sequence[Pair], task: ThoughtSpaceTask) -> list[list[int]]:
+    """Tokens of both texts of some pairs, as the towers read them."""
+    texts = [*_behaviours(task, pairs), *(pair.rationale for pair in pairs)]
+    found = trained.rationale.tokenizer(texts, truncation=True, max_length=task.config.max_tokens)["input_ids"]
+    return [list(ids) for ids in found]
+
+
+def _behaviours(task: ThoughtSpaceTask, pairs: Sequence[Pair]) -> list[str]:
+    return [task.behaviours.text(pair.example, with_target=True) for pair in pairs]
+
+
+def _write(shop: Shop, items: Artefact, examples: Artefact, rationales: Artefact) -> None:
+    """The tables that the stage reads: one example of each user."""
+    rows = item_rows(shop)
+    described = {row["item_id"]: f"{row['title']}. {row['description']}" for row in rows}
+    histories: dict[str, list[dict[str, Any]]] = {}
+    for row in shop.interactions().to_pylist():
+        step = {name: row[name] for name in ("item_id", "timestamp", "rating", "review")}
+        histories.setdefault(row["user_id"], []).append(step)
+    found, written = [], []
+    for user, (*history, target) in histories.items():
+        name = example_id(DOMAIN, user, len(history))
+        liked = sorted(history, key=lambda step: -step["rating"])[:2]
+        said = " ".join(str(step["review"] or "") for step in liked)
+        about = described[target["item_id"]]
+        known = {"example_id": name, "domain": DOMAIN, "user_id": user, "split": "train", "history": history}
+        found.append({**known, "target_item": target["item_id"]})
+        text = f"The customer said: {said} So they look for {about}"
+        empty = {"model": "", "prompt_sha": "", "seed": 0, "finish_reason": "stop", "num_tokens": 0}
+        written.append({"example_id": name, "text": text, **empty})
+    items.write("part-0000", table("items", rows))
+    examples.write("train-0000-0000", table("examples", found))
+    rationales.write("train-0000-0000", table("rationales", written))
+
+
+def _peer(settings: Path) -> list[float]:
+    """Seconds of each step of sentence-transformers' trainer; the encoders are saved as ours are."""
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.modules import Router
+    from transformers import TrainerCallback
+
+    given = json.loads(settings.read_text())
+    config = ThoughtSpaceConfig.model_validate(given["config"])
+    towers = [SentenceTransformer(str(models.resolve(config.model)), device="cpu") for _ in range(2)]
+    for tower in towers:
+        tower.max_seq_length = config.max_tokens
+    history, rationale = towers
+    both = SentenceTransformer(modules=[Router.for_query_document(list(history), list(rationale))], device="cpu")
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.monotonic())
+
+    clock = Clock()
+    training = config.training
+    trainer = SentenceTransformerTrainer(
+        model=both,
+        args=SentenceTransformerTrainingArguments(
+            output_dir=given["folder"] + "_trainer",
+            num_train_epochs=training.epochs,
+            per_device_train_batch_size=training.batch_size,
+            learning_rate=training.lr,
+            warmup_steps=training.warmup_fraction,
+            lr_scheduler_type="cosine",
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.gradient_clipping,
+            router_mapping={"anchor": "query", "positive": "document"},
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=SEED,
+        ),
+        train_dataset=Dataset.from_dict(given["texts"]),
+        loss=MultipleNegativesRankingLoss(both, scale=1 / config.temperature),
+        callbacks=[clock],
+    )
+    trainer.train()
+    Encoders(rationale, history).save(Path(given["folder"]))
+    return [float(value) for value in np.diff(clock.seconds)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
