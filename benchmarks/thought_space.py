@@ -4,10 +4,11 @@
     python -m benchmarks.thought_space --quick    # a few steps: the path, not the figures
 
 Behaviours are histories of the synthetic shop, of 4 to 20 purchases; a rationale is made of what the customer wrote of
-the two best liked ones and of the target's description. Both sides train two MiniLM towers on the same pairs for one
-epoch: the same batch size, lengths, precision, learning rate, schedule, clipping and in-batch negatives (all of them;
-`MultipleNegativesRankingLoss` with a `Router`). Ours is the task of the stage, as `pulse-ray run` trains it, under Ray
-Train and DeepSpeed. Retrieval is that of a held-out rationale's own behaviour among a hundred, by one piece of code.
+two purchases, drawn at random, and of the kind of the target. Both sides train two MiniLM towers on the same pairs for
+one epoch: the same batch size, lengths, precision, learning rate, schedule, clipping and in-batch negatives (all of
+them; `MultipleNegativesRankingLoss` with a `Router`). Ours is the task of the stage, as `pulse-ray run` trains it,
+under Ray Train and DeepSpeed. Retrieval is that of a held-out rationale's own behaviour among a hundred, by one piece
+of code, which measures the untrained towers as well.
 
 Examples per second are those of the median step, validation and start-up not counted. Systems take turns. A second pair
 of figures is of texts that are all cut to one length, so that what padding costs can be told from the rest.
@@ -69,7 +70,10 @@ def main() -> int:
         for name, max_tokens in (("texts", 256), ("even_texts", EVEN_TOKENS)):
             found: dict[str, list[dict[str, Any]]] = {"ours": [], "sentence_transformers": []}
             for turn in range(turns if name == "texts" else 1):
-                case = Case(Path(folder) / f"{name}_{turn}", users, max_tokens)
+                case = Case(Path(folder) / f"{name}_{turn}", users, max_tokens, SEED + turn)
+                if not turn:
+                    untrained = Encoders.create(case.config.model, max_tokens, shared=False)
+                    figures[f"{name}_untrained"] = {"r@1": round(case.retrieved(untrained), 4)}
                 for system, run in (("ours", case.ours), ("sentence_transformers", case.peer)):
                     found[system].append(run())
                     print(name, system, found[system][-1], file=sys.stderr, flush=True)
@@ -111,9 +115,9 @@ class Timed(ThoughtSpaceTask):
 class Case:
     """A shop's pairs, and both systems on them."""
 
-    def __init__(self, folder: Path, users: int, max_tokens: int) -> None:
+    def __init__(self, folder: Path, users: int, max_tokens: int, seed: int) -> None:
         folder.mkdir()
-        self.folder = folder
+        self.folder, self.seed = folder, seed
         self.config = ThoughtSpaceConfig.model_validate(
             {
                 "negatives": "all",
@@ -128,16 +132,17 @@ class Case:
         )
         self.workspace = Workspace(str(folder), "run")
         self.tables = [self.workspace.artefact(name) for name in ("items", "examples", "rationales")]
-        _write(Shop(SyntheticSource(kind="synthetic", users=users, items=600, max_purchases=20), SEED), *self.tables)
+        _write(Shop(SyntheticSource(kind="synthetic", users=users, items=600, max_purchases=20), seed), *self.tables)
+        self.task = ThoughtSpaceTask(self.config, *self.tables, seed)
 
     def ours(self) -> dict[str, float]:
         """Trains as the stage does."""
         clock, output = self.folder / "clock.txt", self.workspace.artefact("encoders")
         fitting.fit(
             Timed,
-            *(clock, self.config, *self.tables, SEED),
+            *(clock, self.config, *self.tables, self.seed),
             config=self.config.training,
-            seed=SEED,
+            seed=self.seed,
             output=output,
             folder="",
             title="encoders",
@@ -147,9 +152,10 @@ class Case:
 
     def peer(self) -> dict[str, float]:
         """Trains with sentence-transformers, in a process of its own."""
-        task = ThoughtSpaceTask(self.config, *self.tables, SEED)
+        task = self.task
         texts = {"anchor": _behaviours(task, task.train), "positive": [pair.rationale for pair in task.train]}
-        settings = {"texts": texts, "config": self.config.model_dump(mode="json"), "folder": str(self.folder / "peer")}
+        config = self.config.model_dump(mode="json")
+        settings = {"texts": texts, "config": config, "folder": str(self.folder / "peer"), "seed": self.seed}
         (self.folder / "peer.json").write_text(json.dumps(settings))
         command = [sys.executable, "-m", "benchmarks.thought_space", "--child", str(self.folder / "peer.json")]
         done = subprocess.run(command, stdout=subprocess.PIPE, check=True, cwd=Path(__file__).parents[1])
@@ -157,26 +163,28 @@ class Case:
         return self._measured(np.array(steps), Encoders.load(self.folder / "peer"))
 
     def _measured(self, steps_s: np.ndarray, trained: Encoders) -> dict[str, float]:
-        task = ThoughtSpaceTask(self.config, *self.tables, SEED)
-        pairs = task.held
-        rationales = [pair.rationale for pair in pairs]
-        vectors_ND = trained.encode("history", _behaviours(task, pairs))
-        similar_NN = trained.encode("rationale", rationales) @ vectors_ND.T
-        draws = np.random.default_rng(SEED)
+        pairs = self.task.held
+        return {
+            "examples_per_s": self.config.training.batch_size
+            / float(np.median(steps_s[min(WARM_UP, len(steps_s) - 1) :])),
+            "r@1": self.retrieved(trained),
+            "held_out": len(pairs),
+            "steps": len(steps_s),
+            "mean_tokens": float(np.mean([len(ids) for ids in _ids(trained, pairs, self.task)])),
+        }
+
+    def retrieved(self, encoders: Encoders) -> float:
+        """Share of held-out rationales whose own behaviour is the nearest of `POOL`."""
+        pairs = self.task.held
+        vectors_ND = encoders.encode("history", _behaviours(self.task, pairs))
+        similar_NN = encoders.encode("rationale", [pair.rationale for pair in pairs]) @ vectors_ND.T
+        draws = np.random.default_rng(self.seed)
         hits = 0
         for row, similar_N in enumerate(similar_NN):
             others = np.delete(np.arange(len(pairs)), row)
             rivals = draws.choice(others, min(POOL - 1, len(others)), replace=False)
             hits += int(similar_N[row] > similar_N[rivals].max())
-        batch = self.config.training.batch_size
-        counted = np.array([[len(ids) for ids in _ids(trained, pairs, task)]])
-        return {
-            "examples_per_s": batch / float(np.median(steps_s[min(WARM_UP, len(steps_s) - 1) :])),
-            "r@1": hits / len(pairs),
-            "held_out": len(pairs),
-            "steps": len(steps_s),
-            "mean_tokens": float(counted.mean()),
-        }
+        return hits / len(pairs)
 
 
 def _ids(trained: Encoders, pairs: Sequence[Pair], task: ThoughtSpaceTask) -> list[list[int]]:
@@ -193,7 +201,8 @@ def _behaviours(task: ThoughtSpaceTask, pairs: Sequence[Pair]) -> list[str]:
 def _write(shop: Shop, items: Artefact, examples: Artefact, rationales: Artefact) -> None:
     """The tables that the stage reads: one example of each user."""
     rows = item_rows(shop)
-    described = {row["item_id"]: f"{row['title']}. {row['description']}" for row in rows}
+    kinds = {row["item_id"]: " ".join(row["categories"]).lower() for row in rows}
+    draws = np.random.default_rng(SEED)
     histories: dict[str, list[dict[str, Any]]] = {}
     for row in shop.interactions().to_pylist():
         step = {name: row[name] for name in ("item_id", "timestamp", "rating", "review")}
@@ -201,12 +210,11 @@ def _write(shop: Shop, items: Artefact, examples: Artefact, rationales: Artefact
     found, written = [], []
     for user, (*history, target) in histories.items():
         name = example_id(DOMAIN, user, len(history))
-        liked = sorted(history, key=lambda step: -step["rating"])[:2]
-        said = " ".join(str(step["review"] or "") for step in liked)
-        about = described[target["item_id"]]
+        recalled = [history[place] for place in draws.choice(len(history), 2, replace=False)]
+        said = " ".join(str(step["review"] or "") for step in recalled)
         known = {"example_id": name, "domain": DOMAIN, "user_id": user, "split": "train", "history": history}
         found.append({**known, "target_item": target["item_id"]})
-        text = f"The customer said: {said} So they look for {about}"
+        text = f"The customer said: {said} So they look for {kinds[target['item_id']]} of that kind."
         empty = {"model": "", "prompt_sha": "", "seed": 0, "finish_reason": "stop", "num_tokens": 0}
         written.append({"example_id": name, "text": text, **empty})
     items.write("part-0000", table("items", rows))
@@ -259,7 +267,7 @@ def _peer(settings: Path) -> list[float]:
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
-            seed=SEED,
+            seed=given["seed"],
         ),
         train_dataset=Dataset.from_dict(given["texts"]),
         loss=MultipleNegativesRankingLoss(both, scale=1 / config.temperature),

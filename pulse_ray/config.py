@@ -393,7 +393,7 @@ class ThoughtSpaceConfig(Section):
         None, description="share of the sampled negatives from other domains; unset: as they come in a batch"
     )
     hard_negatives: Fraction = Field(0.0, description="share of the sampled negatives that is the nearest there are")
-    temperature: Annotated[float, Field(gt=0)] = 0.05
+    temperature: Annotated[float, Field(ge=0.01)] = 0.05
     learned_temperature: bool = Field(False, description="train the temperature as well, from `temperature` on")
     max_tokens: Count = 256
     drop_target: Fraction = Field(0.5, description="chance that the target is left out of a behaviour text in training")

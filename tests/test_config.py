@@ -222,7 +222,7 @@ CONFIG = load(
     QUICKSTART,
     ["tree.validation_examples=null", "engine.adapters={other: folder}", *(f"{pool}.max=4" for pool in POOLS)],
 )
-ONE_VALUE = {"thought_space.training.workers.count", "thought_space.training.micro_batch_size"}
+ONE_VALUE = {"thought_space.training.micro_batch_size"}
 ONE_VALUE |= {f"{key}.template" for key in ("rationales", "tree")}
 """Settings that allow no other value."""
 PATHS = [path for path in _settings(json.loads(CONFIG.to_json())) if ".".join(path) not in ONE_VALUE]

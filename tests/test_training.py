@@ -42,6 +42,7 @@ class Regression:
     monitor = "loss"
     higher_is_better = False
     validate_first = True
+    divisible = True
 
     def __init__(
         self,
@@ -153,14 +154,9 @@ def test_validation_beside_training_gives_the_same_model(undisturbed: Trained, t
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_examples(ray_cluster: None, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"workers": ONCE})
+    config = CONFIG.model_copy(update={"workers": TWO_ONCE, "batch_size": 50, "micro_batch_size": None})
     with pytest.raises(TrainingError, match=r"loss at step 0 is nan; its examples: row 13; there is no checkpoint yet"):
-        fit(
-            tmp_path,
-            "poisoned",
-            config.model_copy(update={"batch_size": 50, "micro_batch_size": None}),
-            poison=13,
-        )
+        fit(tmp_path, "poisoned", config, poison=13)
 
 
 @pytest.fixture(scope="module")
@@ -217,8 +213,14 @@ def test_what_does_not_fit_is_split(plain: Trained, tmp_path: Path, capfd: pytes
         assert one == pytest.approx(other, rel=1e-4)
     plain.check_close(tmp_path / "run/model/split", 1e-5)
     assert capfd.readouterr().err.count("do not fit into memory") == 1
-    with pytest.raises(TrainingError, match="a pass of 1 examples needs more memory"):
-        fit(tmp_path, "hopeless", CONFIG.model_copy(update={"workers": ONCE}), fits=0)
+
+
+def test_what_may_not_be_split_ends_with_an_error(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Regression, "divisible", False)
+    with pytest.raises(TrainingError, match="a pass of 3 examples needs more memory"):
+        fit(tmp_path, "whole", CONFIG.model_copy(update={"workers": ONCE}), fits=2)
 
 
 def test_curves_are_kept_for_tensorboard(undisturbed: Trained) -> None:

@@ -43,13 +43,22 @@ def make(folder: Path, architecture: str = "llama", **settings: Any) -> Path:
     return folder
 
 
-def make_encoder(folder: Path) -> Path:
-    """Saves an encoder in `folder`: MiniLM's tokenizer before two random layers."""
+def make_encoder(folder: Path, **settings: Any) -> Path:
+    """Saves an encoder in `folder`: MiniLM's tokenizer before two random layers.
+
+    Args:
+        settings: more of its configuration.
+    """
     source = models.resolve(ENCODER_TOKENIZER)
     tokenizer = AutoTokenizer.from_pretrained(source)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        **settings,
     )
     BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

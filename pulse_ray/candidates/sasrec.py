@@ -270,6 +270,7 @@ class SasrecTask:
 
     monitor = "ndcg@10"
     higher_is_better = True
+    divisible = True
     validate_first = False
 
     def __init__(self, config: SasrecConfig, items: Artefact, examples_artefact: Artefact, max_length: int) -> None:

@@ -24,7 +24,7 @@ NAME = "pulse_ray_packed"
 """Of the function in transformers' registry."""
 
 PRODUCTS = 2**20
-"""Of queries and keys that are held at once: what a cache holds on a CPU, and little of a GPU's memory."""
+"""Of queries and keys that are held at once on a CPU: what its cache holds."""
 
 REMEDY = "Choose a Llama, Qwen, Gemma 1 or 3, Mistral or Phi model"
 """Where rows of a model's tokens cannot follow each other."""
@@ -81,6 +81,9 @@ def attend(
         prompt_key_BPGD, prompt_value_BPGD = key_TGD[None, :remembered], value_TGD[None, :remembered]
     if packing.candidates_BKS.numel():
         products = query_THD.shape[1] * packing.candidates_BKS[:, 0].numel() * prompt_key_BPGD.shape[1]
+        together = (
+            max(1, PRODUCTS // max(1, products)) if query.device.type == "cpu" else packing.candidates_BKS.shape[1]
+        )
         found = [
             _candidates(
                 query_THD[places_BKS],
@@ -89,7 +92,7 @@ def attend(
                 prompts == PAD if len(prompts) > 1 else None,  # A row by itself has no padding.
                 scaling,
             )
-            for places_BKS in torch.split(packing.candidates_BKS, max(1, PRODUCTS // max(1, products)), dim=1)
+            for places_BKS in torch.split(packing.candidates_BKS, together, dim=1)
         ]
         parts.append(torch.cat(found, dim=1).flatten(0, 2))
     return torch.cat(parts)[packing.slots_T][None], None

@@ -61,6 +61,7 @@ class RankerTask:
     monitor = "hr@1"
     higher_is_better = True
     validate_first = False
+    divisible = True
 
     def __init__(self, config: RankerConfig, variant: Variant, data: RankData) -> None:
         self.config, self.read = config, Read()

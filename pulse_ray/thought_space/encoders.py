@@ -22,7 +22,8 @@ from pulse_ray.text import CountTokens
 from pulse_ray.thought_space import flat
 
 Tower = Literal["rationale", "history"]
-Features = dict[str, Any]
+Features = list[dict[str, Any]]
+"""Of some texts, in pieces that an encoder reads one after the other."""
 TOWERS: tuple[Tower, Tower] = ("rationale", "history")
 ENCODE_BATCH = 64
 
@@ -67,10 +68,11 @@ class Encoders(nn.Module):
 
     @staticmethod
     def _embed(tower: SentenceTransformer, features: Features) -> torch.Tensor:
-        return F.normalize(tower(dict(features))["sentence_embedding"].float(), dim=-1)
+        vectors_BD = torch.cat([tower(dict(piece))["sentence_embedding"] for piece in features])
+        return F.normalize(vectors_BD.float(), dim=-1)
 
     def tokens(self, tower: Tower, texts: Sequence[str]) -> Features:
-        """Token features of texts: without padding, each [1, T], or padded to the longest, each [B, L].
+        """Token features of texts: without padding, each [1, T], or in one piece, padded to the longest, each [B, L].
 
         The first it is where the tower can read it (`flat.first_position`).
         """
@@ -80,7 +82,7 @@ class Encoders(nn.Module):
         given = model.preprocess(list(texts)).items()
         features = {name: value.to(model.device) for name, value in given if isinstance(value, torch.Tensor)}
         first = self._first_positions[tower]
-        return features if first is None else flat.flattened(features, first)
+        return [features] if first is None else flat.pieces(features, first)
 
     def encode(self, tower: Tower, texts: Sequence[str]) -> np.ndarray:
         """Unit vectors of texts: [n, D] float32, batched by length."""

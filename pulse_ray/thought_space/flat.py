@@ -8,10 +8,12 @@ Shape suffixes: B texts, L tokens of the longest, T tokens of all.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Transformer
 from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -23,6 +25,9 @@ NAME = "pulse_ray_texts"
 
 PROBES = ("One text.", "And another, which has rather more words than the first.")
 CLOSE = 1e-4
+
+PIECE_TOKENS = 2048
+"""Tokens of a sequence, at most, unless one text alone has more: activations of longer ones leave a CPU's cache."""
 
 
 def attend(
@@ -52,6 +57,21 @@ def attend(
     return torch.cat([sdpa_attention_forward(module, *text, None, **given)[0] for text in texts], dim=1), None
 
 
+def pieces(features: dict[str, torch.Tensor], first_position: int) -> list[dict[str, Any]]:
+    """Features of padded texts, each [B, L], as sequences of some of the texts, each [1, at most `PIECE_TOKENS`]."""
+    lengths = features["attention_mask"].sum(1).tolist()
+    starts, room = list[int](), 0
+    for text, length in enumerate(lengths):
+        if length > room:
+            starts.append(text)
+            room = PIECE_TOKENS
+        room -= length
+    return [
+        flattened({name: value[start:end] for name, value in features.items()}, first_position)
+        for start, end in pairwise([*starts, len(lengths)])
+    ]
+
+
 def flattened(features: dict[str, torch.Tensor], first_position: int) -> dict[str, Any]:
     """Features of padded texts, each [B, L], without their padding: each [1, T]."""
     kept_BL = features["attention_mask"].bool()
@@ -75,8 +95,10 @@ def first_position(tower: SentenceTransformer) -> int | None:
     It can if it asks transformers' registry for attention and gives two texts the vectors that they have when padded;
     models that add something of their own to attention do not. From here on it computes its attention by `attend`.
     """
+    if tower.device.type != "cpu" or not isinstance(tower[0], Transformer):
+        return None
     model = tower[0].auto_model
-    if tower.device.type != "cpu" or not getattr(model, "is_backend_compatible", bool)():
+    if not getattr(model, "is_backend_compatible", bool)():
         return None
     model.set_attn_implementation(NAME)
     # RoBERTa and its descendants count positions from behind the padding token.

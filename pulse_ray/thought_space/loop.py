@@ -108,6 +108,7 @@ def _labels(pairs: Sequence[Pair], device: torch.device) -> Labels:
         return torch.tensor([derive(0, name) for name in names], device=device)
 
     return Labels(
+        examples=codes(pair.example.history.example_id for pair in pairs),
         users=codes(pair.user for pair in pairs),
         targets=codes(pair.target for pair in pairs),
         domains=codes(pair.example.history.domain for pair in pairs),
@@ -120,6 +121,7 @@ class ThoughtSpaceTask:
     monitor = "loss"
     higher_is_better = False
     validate_first = True
+    divisible = False  # The others of a batch are its negatives.
 
     def __init__(
         self, config: ThoughtSpaceConfig, items: Artefact, examples_artefact: Artefact, rationales: Artefact, seed: int
@@ -149,10 +151,10 @@ class ThoughtSpaceTask:
         rationales = self.encoders.tokens("rationale", [pair.rationale for pair in chosen])
         behaviours = self.encoders.tokens("history", texts)
         if training:
-            for features in (rationales, behaviours):
-                places = features["input_ids"].numel()
+            for piece in (*rationales, *behaviours):
+                places = piece["input_ids"].numel()
                 self.read.places += places
-                self.read.tokens += int(features["attention_mask"].sum()) if "attention_mask" in features else places
+                self.read.tokens += int(piece["attention_mask"].sum()) if "attention_mask" in piece else places
         rationales_BD, behaviours_BD, temperature = engine(rationales=rationales, behaviours=behaviours)
         labels = _labels(chosen, rationales_BD.device)
         rank, sizes = 0, [len(chosen)]
@@ -176,17 +178,19 @@ class ThoughtSpaceTask:
         return info_nce(similar_BN, positives_B, negatives_BN, temperature)
 
     def validate(self, engine: nn.Module, rank: int, world: int) -> dict[str, tuple[float, int]]:
-        total = 0.0
-        share = self.held[rank::world]
-        for start in range(0, len(share), LOSS_BATCH):
-            chosen = share[start : start + LOSS_BATCH]
+        total, count = 0.0, 0
+        # Cut before they are dealt out, or a batch's negatives would depend on the number of workers.
+        for start in range(rank * LOSS_BATCH, len(self.held), world * LOSS_BATCH):
+            chosen = self.held[start : start + LOSS_BATCH]
+            count += len(chosen)
             texts = [self.behaviours.text(pair.example, with_target=True) for pair in chosen]
             total += float(self._losses(engine, chosen, texts, training=False).sum())
+        share = self.held[rank::world]
         hits = {
             name: self._retrieved(share, with_target=with_target)
             for name, with_target in (("r@1", True), ("r@1_history_only", False))
         }
-        return {"loss": (total, len(share)), **{name: (found, len(share)) for name, found in hits.items()}}
+        return {"loss": (total, count), **{name: (found, len(share)) for name, found in hits.items()}}
 
     def _retrieved(self, queries: list[Pair], *, with_target: bool) -> int:
         """Held-out rationales whose own behaviour is nearest among `RETRIEVAL_POOL` behaviours of distinct users."""

@@ -14,8 +14,9 @@ import torch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Labels:
-    """Whose examples they are, as numbers that stand for names: each [B], int64."""
+    """Which examples they are and whose, as numbers that stand for names: each [B], int64."""
 
+    examples: torch.Tensor
     users: torch.Tensor
     targets: torch.Tensor
     domains: torch.Tensor
@@ -24,9 +25,12 @@ class Labels:
 def allowed_negatives(anchors: Labels, columns: Labels) -> torch.Tensor:
     """[B, N] bool: whether a rationale may be a negative of an anchor.
 
-    Neither a rationale of the same user nor one for the same target is: it may well explain this behaviour too.
+    Neither a rationale of the same user nor one for the same target is: it may well explain this behaviour too. One
+    that stands among the columns more than once counts once: a worker without a share of a last batch repeats one.
     """
-    return (anchors.users[:, None] != columns.users) & (anchors.targets[:, None] != columns.targets)
+    repeated_N = (columns.examples[:, None] == columns.examples).tril(-1).any(1)
+    apart_BN = (anchors.users[:, None] != columns.users) & (anchors.targets[:, None] != columns.targets)
+    return apart_BN & ~repeated_N
 
 
 def sample_negatives(

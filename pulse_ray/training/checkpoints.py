@@ -15,6 +15,7 @@ from pathlib import Path
 
 import ray.train
 from ray.train import Checkpoint, CheckpointConsistencyMode
+from ray.train.collective import broadcast_from_rank_zero
 
 from pulse_ray.errors import TrainingError
 
@@ -73,7 +74,9 @@ def check(folder: Path) -> None:
 
 
 def _damaged(folder: Path, cause: str) -> TrainingError:
-    return TrainingError(f"checkpoint {folder} is damaged: {cause}", remedy="Delete it, and run the same command again")
+    return TrainingError(
+        f"checkpoint {folder} is damaged: {cause}", remedy="Run the same command again: the one before is taken"
+    )
 
 
 @contextlib.contextmanager
@@ -90,7 +93,9 @@ def opened(checkpoint: Checkpoint) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def newest(refused: list[str]) -> Iterator[Path | None]:
-    """The folder of the newest checkpoint that is whole; None where there is none. To be used in a worker.
+    """The folder of the newest checkpoint that is whole; None where there is none. To be used in all workers at once.
+
+    The first worker chooses for all.
 
     Args:
         refused: gets a line for each newer one that is damaged.
@@ -101,17 +106,23 @@ def newest(refused: list[str]) -> Iterator[Path | None]:
     reported = ray.train.get_all_reported_checkpoints(consistency_mode=CheckpointConsistencyMode.COMMITTED)
     by_age = sorted(reported, key=lambda one: int(one.metrics["step"]), reverse=True)
     with contextlib.ExitStack() as stack:
-        for one in by_age:
+        folder: Path | None = None
+        chosen: str | None = None
+        first = ray.train.get_context().get_world_rank() == 0
+        for one in by_age if first else ():
             try:
-                folder = stack.enter_context(opened(one.checkpoint))
+                folder, chosen = stack.enter_context(opened(one.checkpoint)), one.checkpoint.path
             except TrainingError as error:
                 refused.append(error.message)
                 continue
-            yield folder
-            return
-        if by_age:
+            break
+        if first and by_age and chosen is None:
             raise TrainingError("; ".join(refused), remedy="Delete the model's folder to train it from the start")
-        yield None
+        chosen = broadcast_from_rank_zero(chosen)
+        if chosen is not None and folder is None:
+            known = {one.checkpoint.path: one.checkpoint for one in reported}
+            folder = stack.enter_context(opened(known[chosen]))
+        yield folder
 
 
 def _digest(file: Path) -> str:

@@ -18,7 +18,8 @@ number of workers DeepSpeed's own state is loaded; on another number (which Deep
 are, and the optimizer's moments start anew.
 
 **Memory.** Where a pass does not fit, the workers are started again from the newest checkpoint with passes of half as
-many examples, of which more make up a step. That changes no gradient, only the draws of dropout.
+many examples, of which more make up a step. That changes no gradient, only the draws of dropout and of negatives. A
+task whose losses need the whole batch (`Task.divisible`) ends with an error instead.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from pulse_ray.progress import Bar, console
 from pulse_ray.training import board, checkpoints
 from pulse_ray.training.board import News
 from pulse_ray.training.task import Task
-from pulse_ray.training.worker import Job, validate_checkpoint, work
+from pulse_ray.training.worker import UNKNOWN_SCORE, Job, validate_checkpoint, work
 from pulse_ray.workspace import Artefact
 
 BOARD = "tensorboard"
@@ -93,7 +94,7 @@ def fit(
     with result.checkpoint.as_directory() as local:
         state = checkpoints.State.read(Path(local))
         monitor = json.loads((Path(local) / checkpoints.MONITOR).read_text())
-    with _best(result) as best:
+    with _best(result, state.best_step) as best:
         target.upload(best / checkpoints.WEIGHTS)
     record = {
         "monitor": monitor,
@@ -190,7 +191,7 @@ class _Curves:
     def __init__(self, target: Artefact) -> None:
         self._target = Artefact(target.filesystem, f"{target.path}/{BOARD}", target.name)
         self._writer: SummaryWriter | None = None
-        self._uploaded = 0.0
+        self._uploaded, self._newest = 0.0, 0
 
     def __enter__(self) -> _Curves:
         self._folder = tempfile.TemporaryDirectory()
@@ -204,8 +205,11 @@ class _Curves:
 
     def add(self, news: News) -> None:
         """Adds the points of a step. What an earlier try plotted of later ones is hidden."""
-        if self._writer is None:
+        if self._writer is None or news.step < self._newest:
+            if self._writer is not None:
+                self._writer.close()
             self._writer = SummaryWriter(self._folder.name, purge_step=news.step)
+        self._newest = news.step
         for name, value in news.figures.items():
             self._writer.add_scalar(name if "validation" in name else f"training/{name}", value, news.step)
         if time.monotonic() - self._uploaded > UPLOAD_S:
@@ -215,11 +219,13 @@ class _Curves:
 
 
 @contextlib.contextmanager
-def _best(result: ray.train.Result) -> Iterator[Path]:
-    """The folder of the best checkpoint that is whole: a damaged one was trained again, and is there twice."""
+def _best(result: ray.train.Result, step: int) -> Iterator[Path]:
+    """The folder of the best step's checkpoint; one that was damaged was trained again, and is there twice."""
     with contextlib.ExitStack() as stack:
         damaged: TrainingError | None = None
-        for checkpoint, _ in sorted(result.best_checkpoints, key=lambda kept: -float(kept[1]["score"])):
+        for checkpoint, told in result.best_checkpoints:
+            if told["step"] != step or told["score"] == UNKNOWN_SCORE:  # The last one may hold no weights.
+                continue
             try:
                 folder = stack.enter_context(checkpoints.opened(checkpoint))
             except TrainingError as error:

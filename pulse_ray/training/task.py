@@ -28,6 +28,8 @@ class Task(Protocol):
     """Direction of `monitor`."""
     validate_first: bool
     """Whether to validate before the first step as well, for a curve that shows what training changed."""
+    divisible: bool
+    """Whether losses of some examples are the same without the others of their batch, so that passes may be smaller."""
     read: Read
     """What `losses` has read so far."""
 

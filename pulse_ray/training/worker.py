@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,15 @@ LOSS_POINTS = 200
 NAMED = 8
 """Examples that an error names, at most."""
 
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 125e12, "L4": 121e12}
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "L40": 181e12,
+    "L4": 121e12,
+}
 """Of a GPU's tensor cores in bf16, dense, by what stands in its name; as their makers say."""
 
 
@@ -77,7 +85,8 @@ def work(settings: Mapping[str, Job]) -> None:
             return  # Its driver was killed before it could take the result.
         engine, scheduler = _engine(task.module(), plan, checkpoint)
         state = _resume(engine, scheduler, checkpoint, world)
-    _Run(job=job, task=task, plan=plan, state=state, engine=engine, scheduler=scheduler, rank=rank).go()
+    parts = {"engine": engine, "scheduler": scheduler, "rank": rank, "kept": state.step}
+    _Run(job=job, task=task, plan=plan, state=state, **parts).go()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +111,8 @@ class _Run:
     engine: Any
     scheduler: Any
     rank: int
+    kept: int
+    """The step of the last checkpoint; 0 where there is none."""
 
     def go(self) -> None:
         """Steps, validations and checkpoints to the end."""
@@ -161,14 +172,15 @@ class _Run:
         read = (task.read.tokens - tokens, task.read.places - places)
         total, tokens_read, places_read, flawed = self._sum([total, *read, len(wrong)])
         if flawed or not math.isfinite(total):
-            self._stop(total, wrong or batch.tolist())
+            if wrong or (not flawed and self.rank == 0):  # Of several workers, whose examples they are.
+                self._stop(total, wrong or batch.tolist())
             return None
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         return Stepped(loss=total, lr=lr, norm=norm, tokens=tokens_read, places=places_read)
 
     @contextlib.contextmanager
-    def _fitting(self, examples: int) -> Any:
+    def _fitting(self, examples: int) -> Iterator[None]:
         """Tells the board of a pass that needs more memory than there is."""
         try:
             yield
@@ -176,18 +188,17 @@ class _Run:
             # The second is the CPU's allocator.
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            if examples > 1:
+            if examples > 1 and self.task.divisible:
                 ray.get(self.job.board.does_not_fit.remote(examples))
             raise TrainingError(
-                f"a pass of {examples} examples needs more memory than there is",
-                remedy="Shorten its texts (max_tokens), switch ranker.gradient_checkpointing on, or use more workers "
-                "with training.zero_stage 3",
+                f"a pass of {examples} example{'s' * (examples > 1)} needs more memory than there is",
+                remedy="Shorten its texts (max_tokens), lower training.batch_size, use more workers, or for the ranker "
+                "switch gradient_checkpointing on or set training.zero_stage to 3",
             ) from error
 
     def _stop(self, loss: float, wrong: Sequence[int]) -> None:
         """Tells why all workers end now."""
-        kept = next((entry["step"] for entry in reversed(self.state.evaluations) if entry["step"]), None)
-        last = f"the last checkpoint is that of step {kept:.0f}" if kept else "there is no checkpoint yet"
+        last = f"the last checkpoint is that of step {self.kept}" if self.kept else "there is no checkpoint yet"
         names = ", ".join(self.task.names(wrong)[:NAMED])
         error = TrainingError(
             f"the loss at step {self.state.step} is {loss}; its examples: {names}; {last}",
@@ -255,6 +266,7 @@ class _Run:
         folder = Path(tempfile.mkdtemp(prefix="checkpoint-"))  # Ray Train deletes it once it is uploaded.
         if weights:
             self._save(folder)
+            self.kept = self.state.step
         if self.rank == 0:
             self.state.write(folder)
             (folder / checkpoints.MONITOR).write_text(json.dumps(self.task.monitor))

@@ -95,8 +95,12 @@ def separate(ranker: model.PackedRanker, tokens: TokenRow) -> torch.Tensor:
         return one_by_one(ranker, tokens)
 
 
+@pytest.mark.parametrize("products", [attention.PRODUCTS, 1], ids=["together", "one by one"])
 @torch.no_grad()
-def test_packed_logits_equal_separate_ones(ranker: model.PackedRanker, encoder: PromptEncoder) -> None:
+def test_packed_logits_equal_separate_ones(
+    products: int, ranker: model.PackedRanker, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "PRODUCTS", products)
     rows = [row(1), row(6, reason=None, candidates=3), row(4)]
     tokens = [encoder.encode(entry, ITEMS) for entry in rows]
     packed = ranker(pack(tokens))

@@ -22,7 +22,7 @@ from transformers import (
 
 from pulse_ray import models
 from pulse_ray.thought_space import flat
-from pulse_ray.thought_space.encoders import Encoders
+from pulse_ray.thought_space.encoders import Encoders, Features
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXTS = ["tea", "they like unscented hand cream " * 6, "they moved on from black tea to green tea"]
@@ -44,25 +44,34 @@ def _tower(folder: Path, kind: str) -> Encoders:
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
-def test_flat_texts_have_the_vectors_and_gradients_of_padded_ones(tmp_path: Path, kind: str) -> None:
+def test_flat_texts_have_the_vectors_and_gradients_of_padded_ones(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     encoders = _tower(tmp_path, kind)
     padded = {k: v for k, v in encoders.rationale.preprocess(TEXTS).items() if isinstance(v, torch.Tensor)}
     given = encoders.tokens("rationale", TEXTS)
-    assert given["input_ids"].shape == (1, int(padded["attention_mask"].sum()))
+    tokens = int(padded["attention_mask"].sum())
+    assert [piece["input_ids"].shape for piece in given] == [(1, tokens)]
+    monkeypatch.setattr(flat, "PIECE_TOKENS", tokens - 1)
+    cut = encoders.tokens("rationale", TEXTS)
+    assert [len(piece["text_lengths"]) for piece in cut] == [2, 1]
     weights = [weight for weight in encoders.rationale.parameters() if weight.requires_grad]
     towards = torch.randn(len(TEXTS), 32, generator=torch.Generator().manual_seed(0))
 
-    def vectors_and_gradients(features: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def vectors_and_gradients(features: Features) -> tuple[torch.Tensor, torch.Tensor]:
         vectors_BD, _ = encoders(features, features)
         found = torch.autograd.grad((vectors_BD * towards).sum(), weights, allow_unused=True)
         return vectors_BD.detach(), torch.cat([one.flatten() for one in found if one is not None])
 
-    (expected, slopes), (vectors, flat_slopes) = vectors_and_gradients(padded), vectors_and_gradients(given)
-    torch.testing.assert_close(vectors, expected, atol=1e-6, rtol=0)
-    assert (flat_slopes - slopes).norm() < 1e-5 * slopes.norm()
+    expected, slopes = vectors_and_gradients([padded])
+    for pieces in (given, cut):
+        vectors, flat_slopes = vectors_and_gradients(pieces)
+        torch.testing.assert_close(vectors, expected, atol=1e-6, rtol=0)
+        assert (flat_slopes - slopes).norm() < 1e-5 * slopes.norm()
 
 
 def test_a_model_whose_attention_knows_places_reads_padded_texts(tmp_path: Path) -> None:
     encoders = _tower(tmp_path, "mpnet")
     assert flat.first_position(encoders.rationale) is None
-    assert encoders.tokens("rationale", TEXTS)["attention_mask"].shape[0] == len(TEXTS)
+    (padded,) = encoders.tokens("rationale", TEXTS)
+    assert padded["attention_mask"].shape[0] == len(TEXTS)

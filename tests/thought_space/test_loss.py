@@ -25,7 +25,12 @@ def test_loss_is_equation_1() -> None:
 
 
 def labels(users: Sequence[int], targets: Sequence[int]) -> Labels:
-    return Labels(users=torch.tensor(users), targets=torch.tensor(targets), domains=torch.zeros(len(users)))
+    return Labels(
+        examples=torch.arange(len(users)),
+        users=torch.tensor(users),
+        targets=torch.tensor(targets),
+        domains=torch.zeros(len(users)),
+    )
 
 
 def test_same_user_and_same_target_are_no_negatives() -> None:
@@ -33,6 +38,12 @@ def test_same_user_and_same_target_are_no_negatives() -> None:
     allowed = allowed_negatives(examples, examples)
     expected = [[0, 1, 0, 0], [1, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0]]
     assert allowed.tolist() == [[bool(entry) for entry in row] for row in expected]
+
+
+def test_a_repeated_example_is_one_negative() -> None:
+    examples = labels([0, 1, 2, 1], [10, 11, 12, 11])
+    examples.examples[3] = 1
+    assert allowed_negatives(examples, examples)[0].tolist() == [False, True, True, False]
 
 
 def test_sampled_negatives_are_allowed_distinct_and_as_many_as_asked() -> None:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import learnable
 import numpy as np
 import pytest
 import tiny
 import torch
-from histories import item_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pulse_ray import catalogue
-from pulse_ray.config import RankerConfig, SyntheticSource
-from pulse_ray.data.synthetic import Shop
+from pulse_ray.config import RankerConfig
 from pulse_ray.ranker.loop import RankData, RankerTask
 from pulse_ray.ranker.scorer import Scorer
-from pulse_ray.schema import example_id, table
 from pulse_ray.training import fitting
 from pulse_ray.workspace import Workspace
 
@@ -27,40 +25,10 @@ ONE: dict[str, Any] = {"epochs": 2, "batch_size": 4, "lr": 5e-3}
 TWO: dict[str, Any] = {**ONE, "zero_stage": 3, "workers": {"count": 2, "cpus": 0.5, "threads": 1}}
 
 
-def write(workspace: Workspace) -> RankData:
-    """The tables that training reads: 15 users' last purchases among five items, two users in validation."""
-    shop = Shop(SyntheticSource(kind="synthetic", users=15, items=40), 1)
-    rows = item_rows(shop)
-    histories: dict[str, list[dict[str, Any]]] = {}
-    for row in shop.interactions().to_pylist():
-        step = {name: row[name] for name in ("item_id", "timestamp", "rating", "review")}
-        histories.setdefault(row["user_id"], []).append(step)
-    draws = np.random.default_rng(0)
-    tables = {name: workspace.artefact(name) for name in ("items", "examples", "candidates", "reasons")}
-    tables["items"].write("part-0000", table("items", rows))
-    for split, users in (("train", list(histories)[:13]), ("validation", list(histories)[13:])):
-        examples, candidates, reasons = [], [], []
-        for user in users:
-            *history, target = histories[user]
-            name = example_id("shop", user, len(history))
-            known = {"example_id": name, "domain": "shop", "user_id": user, "split": split, "history": history}
-            examples.append({**known, "target_item": target["item_id"]})
-            bought = {step["item_id"] for step in histories[user]}
-            others = draws.permutation([row["item_id"] for row in rows if row["item_id"] not in bought])[:4].tolist()
-            place = int(draws.integers(5))
-            chosen = [*others[:place], target["item_id"], *others[place:]]
-            drawn = {"sampler": "uniform", "sasrec_logits": [0.0] * 5, "sasrec_catalogue_rank": None}
-            candidates.append({"example_id": name, "items": chosen, "target_index": place, **drawn})
-            reason = {"selector": "base", "node_id": "", "text": "They like it mild.", "agreement": None}
-            reasons.append({"example_id": name, **reason})
-        for name, found in (("examples", examples), ("candidates", candidates), ("reasons", reasons)):
-            tables[name].write(f"{split}-0000-0000", table(name, found))
-    return RankData(**tables)
-
-
 def test_sharded_training_saves_the_adapter_of_one_worker(ray_cluster: None, tmp_path: Path) -> None:
     workspace = Workspace(str(tmp_path), "run")
-    data = write(workspace)
+    tables = learnable.write(workspace, 15)
+    data = RankData(**{name: tables[name] for name in ("items", "examples", "candidates", "reasons")})
     base = {"model": str(tiny.make(tmp_path / "base")), "max_tokens": 256, "text": {"history_tokens": 100}}
     records, folders = {}, {}
     for name, training in (("one", ONE), ("two", TWO)):
