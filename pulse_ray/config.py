@@ -477,8 +477,17 @@ class RankerConfig(Section):
     reason_tokens: Count = Field(64, description="tokens kept of a reason")
     text: TextConfig = TextConfig()
     lora: LoraConfig = LoraConfig()
+    quantization: Literal["nf4"] | None = Field(
+        None, description="keep the frozen weights in 4 bits (QLoRA): a quarter of the memory; needs bitsandbytes"
+    )
     gradient_checkpointing: Annotated[bool, OPERATIONAL] = False
     training: TrainingConfig = TrainingConfig(epochs=2, batch_size=8, lr=2e-4, precision="bf16")
+
+    @model_validator(mode="after")
+    def _cut_or_quantized(self) -> RankerConfig:
+        if self.quantization and self.training.zero_stage == 3:
+            raise ValueError("training.zero_stage is 3, but quantized weights cannot be cut among workers")
+        return self
 
     def served(self, variant: Variant | None) -> Variant:
         """The variant that ranks for users: the one named, else `thought_space`, else the last one."""

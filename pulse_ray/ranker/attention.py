@@ -4,8 +4,8 @@ A prompt attends to itself, and a candidate to its prompt and itself: P²/2 + K�
 for a row, where (P + K·s)² stand under a mask. It is one of transformers' attention functions, so a model that asks
 their registry for causal attention can rank.
 
-Shape suffixes: B rows, P prompt tokens, K candidates, S tokens of one, T tokens of the batch, H query heads, G key
-heads, Q query heads of a key head, D dimensions of a head.
+Shape suffixes: B rows, P prompt tokens, K candidates, S tokens of one, A of those the ones that ask: all, or the last.
+T tokens of the batch, H query heads, G key heads, Q query heads of a key head, D dimensions of a head.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from pulse_ray.errors import ArtifactError
+from pulse_ray.ranker.last_layer import MARK
 from pulse_ray.ranker.packing import PAD, PackedBatch
 
 NAME = "pulse_ray_packed"
@@ -70,32 +71,42 @@ def attend(
             remedy=REMEDY,
         )
     query_THD, key_TGD, value_TGD = (states[0].transpose(0, 1) for states in (query, key, value))
+    ends_only = getattr(module, MARK, False)
     remembered = len(key_TGD) - len(query_THD)
     own_key_TGD, own_value_TGD = key_TGD[remembered:], value_TGD[remembered:]
     prompts = packing.prompts_BP
     prompt_key_BPGD, prompt_value_BPGD = own_key_TGD[prompts], own_value_TGD[prompts]
     parts = []
-    if prompts.numel():
+    if prompts.numel() and not ends_only:
         parts.append(_prompts(query_THD[prompts], prompt_key_BPGD, prompt_value_BPGD, scaling))
     if remembered:
         prompt_key_BPGD, prompt_value_BPGD = key_TGD[None, :remembered], value_TGD[None, :remembered]
     if packing.candidates_BKS.numel():
-        products = query_THD.shape[1] * packing.candidates_BKS[:, 0].numel() * prompt_key_BPGD.shape[1]
-        together = (
-            max(1, PRODUCTS // max(1, products)) if query.device.type == "cpu" else packing.candidates_BKS.shape[1]
-        )
+        asked_BKA = packing.ends_BK[..., None] if ends_only else packing.candidates_BKS
+        products = query_THD.shape[1] * asked_BKA[:, 0].numel() * prompt_key_BPGD.shape[1]
+        together = max(1, PRODUCTS // max(1, products)) if query.device.type == "cpu" else asked_BKA.shape[1]
         found = [
             _candidates(
-                query_THD[places_BKS],
+                query_THD[asked],
                 (prompt_key_BPGD, prompt_value_BPGD),
-                (own_key_TGD[places_BKS], own_value_TGD[places_BKS]),
+                (own_key_TGD[places], own_value_TGD[places]),
                 prompts == PAD if len(prompts) > 1 else None,  # A row by itself has no padding.
+                ((places == PAD)[:, :, None] | (places[:, :, None] > asked[..., None]))[:, None, None],
                 scaling,
             )
-            for places_BKS in torch.split(packing.candidates_BKS, together, dim=1)
+            for asked, places in zip(
+                torch.split(asked_BKA, together, dim=1),
+                torch.split(packing.candidates_BKS, together, dim=1),
+                strict=True,
+            )
         ]
         parts.append(torch.cat(found, dim=1).flatten(0, 2))
-    return torch.cat(parts)[packing.slots_T][None], None
+    if not ends_only:
+        return torch.cat(parts)[packing.slots_T][None], None
+    whole_THD = torch.zeros_like(query_THD)
+    if parts:
+        whole_THD = whole_THD.index_copy(0, packing.ends_N, parts[0][packing.ends_BK.flatten() != PAD])
+    return whole_THD[None], None
 
 
 def _prompts(
@@ -108,15 +119,16 @@ def _prompts(
 
 
 def _candidates(
-    query_BKSHD: torch.Tensor,
+    query_BKAHD: torch.Tensor,
     prompt_BPGD: tuple[torch.Tensor, torch.Tensor],
     own_BKSGD: tuple[torch.Tensor, torch.Tensor],
     padding_BP: torch.Tensor | None,
+    unseen_B11KAS: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
-    """Attention of the candidates to keys and values of their prompts and their own: [B, K, S, H, D]."""
-    heads, size = prompt_BPGD[0].shape[2], query_BKSHD.shape[2]
-    query_BGQKSD = query_BKSHD.reshape(*query_BKSHD.shape[:3], heads, -1, query_BKSHD.shape[-1]).permute(
+    """Attention of the candidates to keys and values of their prompts and their own: [B, K, A, H, D]."""
+    heads, size = prompt_BPGD[0].shape[2], unseen_B11KAS.shape[-1]
+    query_BGQKAD = query_BKAHD.reshape(*query_BKAHD.shape[:3], heads, -1, query_BKAHD.shape[-1]).permute(
         0, 3, 4, 1, 2, 5
     )
     prompt_key_BGDP = prompt_BPGD[0].permute(0, 2, 3, 1)
@@ -126,18 +138,17 @@ def _candidates(
         own_BKSGD[1].permute(0, 3, 1, 2, 4)[:, :, None],
     )
     # One product with a prompt's keys for all queries that share them.
-    shape = query_BGQKSD.shape[:-1]
-    to_prompt = (query_BGQKSD.flatten(2, 4) @ prompt_key_BGDP).reshape(*shape, -1)
+    shape = query_BGQKAD.shape[:-1]
+    to_prompt = (query_BGQKAD.flatten(2, 4) @ prompt_key_BGDP).reshape(*shape, -1)
     if padding_BP is not None:
         to_prompt = to_prompt.masked_fill(padding_BP[:, None, None, None, None], -torch.inf)
-    to_own = query_BGQKSD @ own_key_BG1KDS
-    later_SS = torch.ones(size, size, dtype=torch.bool, device=to_own.device).triu(1)
-    to_own = to_own.masked_fill(later_SS, -torch.inf)
+    to_own = query_BGQKAD @ own_key_BG1KDS
+    to_own = to_own.masked_fill(unseen_B11KAS, -torch.inf)
     scores = torch.cat([to_prompt, to_own], dim=-1).float() * scaling
-    weights = scores.softmax(dim=-1).to(query_BKSHD.dtype)
+    weights = scores.softmax(dim=-1).to(query_BKAHD.dtype)
     on_prompt, on_own = weights[..., :-size], weights[..., -size:]
-    found_BGQKSD = (on_prompt.flatten(2, 4) @ prompt_value_BGPD).reshape(*shape, -1) + on_own @ own_value_BG1KSD
-    return found_BGQKSD.permute(0, 3, 4, 1, 2, 5).flatten(3, 4)
+    found_BGQKAD = (on_prompt.flatten(2, 4) @ prompt_value_BGPD).reshape(*shape, -1) + on_own @ own_value_BG1KSD
+    return found_BGQKAD.permute(0, 3, 4, 1, 2, 5).flatten(3, 4)
 
 
 AttentionInterface.register(NAME, attend)

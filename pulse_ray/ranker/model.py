@@ -16,12 +16,13 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DynamicCache
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, DynamicCache
+from transformers.utils import is_bitsandbytes_available
 
 from pulse_ray import models
 from pulse_ray.config import LoraConfig, RankerConfig
 from pulse_ray.errors import ArtifactError, TrainingError
-from pulse_ray.ranker import attention
+from pulse_ray.ranker import attention, last_layer
 from pulse_ray.ranker.packing import ANSWER_TOKENS, PAD, PackedBatch
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
@@ -91,7 +92,11 @@ def base_model(config: RankerConfig) -> nn.Module:
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     try:
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, dtype=dtype, attn_implementation=attention.NAME
+            folder,
+            num_labels=1,
+            dtype=dtype,
+            attn_implementation=attention.NAME,
+            quantization_config=_quantization(config, dtype),
         )
     except (ValueError, KeyError) as error:  # Of a model that does not ask transformers' registry for attention.
         raise ArtifactError(f"model '{name}' cannot rank: {error}", remedy="Choose a causal language model") from error
@@ -99,7 +104,35 @@ def base_model(config: RankerConfig) -> nn.Module:
     if model.config.pad_token_id is None:
         known = tokenizer(name)
         model.config.pad_token_id = known.pad_token_id if known.pad_token_id is not None else known.eos_token_id
+    last_layer.shorten(getattr(model, model.base_model_prefix))
     return model  # type: ignore[no-any-return]
+
+
+def _quantization(config: RankerConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """As QLoRA has it (Dettmers et al., 2023, §3): 4-bit NormalFloat, whose own constants are quantized once more."""
+    if config.quantization is None:
+        return None
+    check_quantization(config)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["score"],  # The head is trained.
+    )
+
+
+def check_quantization(config: RankerConfig) -> None:
+    """Whether what quantizes is installed, where it is asked for.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    if config.quantization is not None and not is_bitsandbytes_available():
+        raise ArtifactError(
+            f"ranker.quantization is {config.quantization}, and bitsandbytes is not installed",
+            remedy="pip install 'pulse-ray[qlora]', or leave ranker.quantization unset",
+        )
 
 
 def _check_rows_stay_apart(model: Any, config: RankerConfig) -> None:

@@ -51,7 +51,7 @@ class PackedBatch:
 
     `input_ids_T`, `positions_T`: int64. `prompts_BP`, `candidates_BKS`: the place in T of every token, -1 for padding.
     `slots_T`: the place of every token in those two, laid flat one after the other. `ends_BK`: the place of each
-    candidate's last token, -1 for none.
+    candidate's last token, -1 for none; `ends_N`: those that are there.
     """
 
     input_ids_T: torch.Tensor
@@ -60,6 +60,7 @@ class PackedBatch:
     candidates_BKS: torch.Tensor
     slots_T: torch.Tensor
     ends_BK: torch.Tensor
+    ends_N: torch.Tensor
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same batch on another device."""
@@ -83,7 +84,8 @@ def pack(rows: Sequence[TokenRow]) -> PackedBatch:
     candidates_BKS = np.full((len(rows), counts_B.max(), size_N.max(initial=0)), PAD)
     candidates_BKS[row_N, place_N] = _places(start_N, size_N)
     ends_BK = np.full(candidates_BKS.shape[:2], PAD)
-    ends_BK[row_N, place_N] = start_N + size_N - 1
+    ends_N = start_N + size_N - 1
+    ends_BK[row_N, place_N] = ends_N
     padded = np.concatenate([prompts_BP.ravel(), candidates_BKS.ravel()])
     used = np.flatnonzero(padded != PAD)
     slots_T = np.empty_like(used)
@@ -96,6 +98,7 @@ def pack(rows: Sequence[TokenRow]) -> PackedBatch:
         "candidates_BKS": candidates_BKS,
         "slots_T": slots_T,
         "ends_BK": ends_BK,
+        "ends_N": ends_N,
     }
     return PackedBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
 

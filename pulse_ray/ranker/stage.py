@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pulse_ray import models
+from pulse_ray.ranker import model
 from pulse_ray.ranker.loop import RankData, RankerTask
 from pulse_ray.seeding import derive
 from pulse_ray.training import fitting
@@ -15,6 +16,7 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
     """Reads items, examples, candidates and reasons; writes ranker."""
     config = stage.config.ranker
     models.resolve(config.model)
+    model.check_quantization(config)
     data = RankData(
         items=stage.input("items"),
         examples=stage.input("examples"),

@@ -95,7 +95,8 @@ class Stepped:
 
     loss: float
     lr: float
-    norm: float
+    norm: float | None
+    """Of the gradient before it is clipped; None where DeepSpeed does not tell (ZeRO-0 in fp32)."""
     tokens: float
     places: float
 
@@ -176,8 +177,9 @@ class _Run:
                 self._stop(total, wrong or batch.tolist())
             return None
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
-        return Stepped(loss=total, lr=lr, norm=norm, tokens=tokens_read, places=places_read)
+        norm = self.engine.get_global_grad_norm()
+        told = None if norm is None else float(norm)
+        return Stepped(loss=total, lr=lr, norm=told, tokens=tokens_read, places=places_read)
 
     @contextlib.contextmanager
     def _fitting(self, examples: int) -> Iterator[None]:
@@ -378,7 +380,9 @@ def _flops_per_token(module: nn.Module, config: TrainingConfig) -> float | None:
 
 def _figures(stepped: Stepped, seconds: float, peak_share: float | None) -> dict[str, float]:
     """What is told and plotted of a step."""
-    found = {"loss": stepped.loss, "lr": stepped.lr, "grad": stepped.norm}
+    found = {"loss": stepped.loss, "lr": stepped.lr}
+    if stepped.norm is not None:
+        found["grad"] = stepped.norm
     if stepped.places:
         found |= {"tokens/s": stepped.tokens / seconds, "padding": 1 - stepped.tokens / stepped.places}
     if peak_share is not None:
