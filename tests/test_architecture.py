@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     *("errors", "schema", "seeding", "templates", "config", "metrics", "text"),
     *("workspace", "catalogue", "progress", "runtime"),
-    *("models", "training", "generation"),
+    *("models", "cpu", "training", "generation"),
     *("data", "candidates", "rationales", "thought_space", "tree", "selection", "ranker", "evaluation"),
     *("serving", "pipeline", "overview", "doctor"),
     *("scoring", "submission", "cli"),
@@ -44,8 +44,8 @@ LIBRARIES = {
     "ray": ("runtime", "training.*", "generation.pool", "*.stage", "serving.app", "submission", "cli"),
     "vllm": ("generation.engine",),
     "torch": (
-        *("models", "training.*", "candidates.sasrec", "candidates.losses", "thought_space.*"),
-        *("ranker.packing", "ranker.attention", "ranker.model", "ranker.loop", "ranker.scorer"),
+        *("models", "cpu", "training.*", "candidates.sasrec", "candidates.losses", "thought_space.*"),
+        *("ranker.packing", "ranker.attention", "ranker.last_layer", "ranker.model", "ranker.loop", "ranker.scorer"),
     ),
     "deepspeed": ("training.worker",),
     "tensorboardX": ("training.fitting",),

@@ -81,6 +81,7 @@ OPERATIONAL = (
         ("prepare.domains.0.source.interactions=x", "unknown key 'prepare.domains.0.source.interactions'", "users"),
         ("thought_space.negatives=0", "'thought_space.negatives'", "greater than or equal to 1"),
         ("thought_space.training.micro_batch_size=2", "negatives from all examples of a step", "Change"),
+        ("ranker={quantization: nf4, training: {zero_stage: 3}}", "quantized weights cannot be cut among", "Change"),
         ("ranker.training.zero_stage=4", "'ranker.training.zero_stage'", "0, 1, 2 or 3"),
         ("thought_space.training.zero_stage=3", "only the ranker is large enough for", "Change"),
         ("evaluate.splits=[test,test]", "splits repeat", "Change"),
@@ -197,7 +198,7 @@ def _changed(config: Config, path: tuple[str, ...]) -> Config:
 
 def _others(value: Any) -> list[Any]:
     words = ["bf16", "fp32", "float32", "float16", "last", "single_pass", "popularity", "gbce", "oracle", "attention"]
-    words += ["thought_space", "redis://elsewhere:6379", "temporal", "five_core", "rotary", "de"]
+    words += ["thought_space", "redis://elsewhere:6379", "temporal", "five_core", "rotary", "de", "nf4"]
     if isinstance(value, list) and value and isinstance(value[0], dict):  # domains
         return [[{**value[0], "name": "elsewhere"}]]
     if isinstance(value, list):

@@ -26,9 +26,10 @@ class _Pass(threading.local):
 
 def shorten(decoder: nn.Module) -> None:
     """Lets the last layer of a decoder compute for ends alone, if it is made as Llama's is. Others stay as they are."""
-    layer = list(getattr(decoder, "layers", [None]))[-1]
-    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    if layer is None or not hasattr(attention, "o_proj") or not hasattr(mlp, "down_proj"):
+    layer: Any = list(getattr(decoder, "layers", [None]))[-1]
+    attention: Any = getattr(layer, "self_attn", None)
+    mlp: Any = getattr(layer, "mlp", None)
+    if not hasattr(attention, "o_proj") or not hasattr(mlp, "down_proj"):
         return
     under_way = _Pass()
 

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig, DynamicCache
 from transformers.utils import is_bitsandbytes_available
 
-from pulse_ray import models
+from pulse_ray import cpu, models
 from pulse_ray.config import LoraConfig, RankerConfig
 from pulse_ray.errors import ArtifactError, TrainingError
 from pulse_ray.ranker import attention, last_layer
@@ -105,6 +105,7 @@ def base_model(config: RankerConfig) -> nn.Module:
         known = tokenizer(name)
         model.config.pad_token_id = known.pad_token_id if known.pad_token_id is not None else known.eos_token_id
     last_layer.shorten(getattr(model, model.base_model_prefix))
+    cpu.quicken(model)
     return model  # type: ignore[no-any-return]
 
 
@@ -222,7 +223,7 @@ def load(folder: Path, config: RankerConfig) -> PackedRanker:
     cuda = torch.cuda.is_available()
     model = base_model(config)
     adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-    if config.training.precision == "fp32":
-        # One product for each projection instead of three. In bf16 the sum would be rounded, and the logits with it.
+    if config.training.precision == "fp32" and config.quantization is None:
+        # One product for each projection instead of three. Fewer bits would round the sum, and the logits with it.
         adapted.merge_adapter()
     return PackedRanker(adapted.to(model.dtype)).to("cuda" if cuda else "cpu").eval()

@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from torch import nn
 from torch.nn import functional as F
 
-from pulse_ray import models
+from pulse_ray import cpu, models
 from pulse_ray.text import CountTokens
 from pulse_ray.thought_space import flat
 
@@ -39,6 +39,7 @@ class Encoders(nn.Module):
     def __init__(self, rationale: SentenceTransformer, history: SentenceTransformer) -> None:
         super().__init__()
         self.rationale, self.history = rationale, history
+        cpu.quicken(self)
         self._first_positions: dict[Tower, int | None] = {}
 
     @classmethod

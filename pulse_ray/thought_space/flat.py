@@ -8,6 +8,7 @@ Shape suffixes: B texts, L tokens of the longest, T tokens of all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from pulse_ray import cpu
 
 NAME = "pulse_ray_texts"
 """Of the function in transformers' registry."""
@@ -54,7 +57,23 @@ def attend(
         found: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **given)[0]
         return found, None
     texts = zip(*(torch.split(states, text_lengths, dim=2) for states in (query, key, value)), strict=True)
-    return torch.cat([sdpa_attention_forward(module, *text, None, **given)[0] for text in texts], dim=1), None
+    one: Callable[..., Any] = _with_dropout if given.get("dropout") else sdpa_attention_forward
+    return torch.cat([one(module, *text, None, **given)[0] for text in texts], dim=1), None
+
+
+def _with_dropout(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    dropout: float,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of a text to itself, some of its weights left out: torch's own would draw them one by one."""
+    weights = (query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)).softmax(-1)
+    return (cpu.dropout(weights, dropout) @ value).transpose(1, 2), None
 
 
 def pieces(features: dict[str, torch.Tensor], first_position: int) -> list[dict[str, Any]]:

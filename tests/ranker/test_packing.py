@@ -243,3 +243,18 @@ def test_long_candidates_are_cut_and_budgets_are_kept(config: RankerConfig, enco
         packed = pack([rows[index] for index in several])
         assert len(packed.input_ids_T) <= 500
         assert packed.prompts_BP.numel() + packed.candidates_BKS.numel() <= 1000, "what attention pads is not bounded"
+
+
+@torch.no_grad()
+def test_the_last_layer_computes_for_ends_alone(ranker: model.PackedRanker, encoder: PromptEncoder) -> None:
+    read: list[tuple[int, ...]] = []
+    layers = ranker.model.get_base_model().model.layers
+    hooks = [
+        layer.mlp.down_proj.register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape[:2])))
+        for layer in layers
+    ]
+    batch = pack([encoder.encode(row(2), ITEMS), encoder.encode(row(4, candidates=3), ITEMS)])
+    ranker(batch)
+    for hook in hooks:
+        hook.remove()
+    assert read == [(1, len(batch.slots_T))] * (len(layers) - 1) + [(1, 8)]
