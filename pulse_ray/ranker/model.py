@@ -132,7 +132,7 @@ def check_quantization(config: RankerConfig) -> None:
     if config.quantization is not None and not is_bitsandbytes_available():
         raise ArtifactError(
             f"ranker.quantization is {config.quantization}, and bitsandbytes is not installed",
-            remedy="pip install 'pulse-ray[qlora]', or leave ranker.quantization unset",
+            remedy="pip install bitsandbytes, or leave ranker.quantization unset",
         )
 
 
