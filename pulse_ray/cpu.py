@@ -57,6 +57,21 @@ def quicken(module: nn.Module) -> None:
             one.__class__ = Dropout
 
 
+def quick(x: torch.Tensor) -> bool:
+    """Whether `product` is for tensors like this one: float32 on a CPU, and nothing is trained."""
+    return (
+        x.dtype is torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    )
+
+
+def product(x_MD: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
+    """x · yᵀ: [M, N]. `y_ND` must be contiguous, or oneDNN takes its slowest path."""
+    return _product(x_MD, y_ND)
+
+
 class _Linear(torch.autograd.Function):
     """Products as torch's compiler asks oneDNN for them."""
 

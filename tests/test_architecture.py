@@ -45,7 +45,7 @@ LIBRARIES = {
     "vllm": ("generation.engine",),
     "torch": (
         *("models", "cpu", "training.*", "candidates.sasrec", "candidates.losses", "thought_space.*"),
-        *("ranker.packing", "ranker.attention", "ranker.last_layer", "ranker.model", "ranker.loop", "ranker.scorer"),
+        *("ranker.packing", "ranker.attention*", "ranker.last_layer", "ranker.model", "ranker.loop", "ranker.scorer"),
     ),
     "deepspeed": ("training.worker",),
     "tensorboardX": ("training.fitting",),

@@ -17,7 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
+from pulse_ray import cpu
 from pulse_ray.errors import ArtifactError
+from pulse_ray.ranker import attention_cpu
 from pulse_ray.ranker.last_layer import MARK
 from pulse_ray.ranker.packing import PAD, PackedBatch
 
@@ -72,41 +74,84 @@ def attend(
         )
     query_THD, key_TGD, value_TGD = (states[0].transpose(0, 1) for states in (query, key, value))
     ends_only = getattr(module, MARK, False)
+    by_head = cpu.quick(query)
     remembered = len(key_TGD) - len(query_THD)
     own_key_TGD, own_value_TGD = key_TGD[remembered:], value_TGD[remembered:]
     prompts = packing.prompts_BP
     prompt_key_BPGD, prompt_value_BPGD = own_key_TGD[prompts], own_value_TGD[prompts]
     parts = []
     if prompts.numel() and not ends_only:
-        parts.append(_prompts(query_THD[prompts], prompt_key_BPGD, prompt_value_BPGD, scaling))
+        way = attention_cpu.prompts if by_head else _prompts
+        parts.append(way(query_THD[prompts], prompt_key_BPGD, prompt_value_BPGD, scaling))
     if remembered:
         prompt_key_BPGD, prompt_value_BPGD = key_TGD[None, :remembered], value_TGD[None, :remembered]
     if packing.candidates_BKS.numel():
         asked_BKA = packing.ends_BK[..., None] if ends_only else packing.candidates_BKS
-        products = query_THD.shape[1] * asked_BKA[:, 0].numel() * prompt_key_BPGD.shape[1]
-        together = max(1, PRODUCTS // max(1, products)) if query.device.type == "cpu" else asked_BKA.shape[1]
-        found = [
-            _candidates(
-                query_THD[asked],
-                (prompt_key_BPGD, prompt_value_BPGD),
-                (own_key_TGD[places], own_value_TGD[places]),
-                prompts == PAD if len(prompts) > 1 else None,  # A row by itself has no padding.
-                ((places == PAD)[:, :, None] | (places[:, :, None] > asked[..., None]))[:, None, None],
-                scaling,
-            )
-            for asked, places in zip(
-                torch.split(asked_BKA, together, dim=1),
-                torch.split(packing.candidates_BKS, together, dim=1),
-                strict=True,
-            )
-        ]
-        parts.append(torch.cat(found, dim=1).flatten(0, 2))
+        prompt = (prompt_key_BPGD, prompt_value_BPGD)
+        own = (own_key_TGD, own_value_TGD)
+        seen = _by_head if by_head else _by_candidates
+        found_BKAHD = seen(query_THD, prompt, own, packing, asked_BKA, scaling)
+        parts.append(found_BKAHD.flatten(0, 2))
     if not ends_only:
         return torch.cat(parts)[packing.slots_T][None], None
     whole_THD = torch.zeros_like(query_THD)
     if parts:
         whole_THD = whole_THD.index_copy(0, packing.ends_N, parts[0][packing.ends_BK.flatten() != PAD])
     return whole_THD[None], None
+
+
+def _unseen(places_BKS: torch.Tensor, asked_BKA: torch.Tensor) -> torch.Tensor:
+    """Which tokens of its own candidate a token does not see: [B, K, A, S]."""
+    return (places_BKS == PAD)[:, :, None] | (places_BKS[:, :, None] > asked_BKA[..., None])
+
+
+def _by_head(
+    query_THD: torch.Tensor,
+    prompt_BPGD: tuple[torch.Tensor, torch.Tensor],
+    own_TGD: tuple[torch.Tensor, torch.Tensor],
+    packing: PackedBatch,
+    asked_BKA: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """The candidates' attention, as `_by_candidates`, row by row."""
+    places, longest = packing.candidates_BKS, prompt_BPGD[0].shape[1]
+    lengths_B = (packing.prompts_BP != PAD).sum(1).tolist() if len(places) > 1 else [longest]
+    return attention_cpu.candidates(
+        query_THD[asked_BKA],
+        prompt_BPGD,
+        (own_TGD[0][places], own_TGD[1][places]),
+        lengths_B,
+        _unseen(places, asked_BKA),
+        scaling,
+    )
+
+
+def _by_candidates(
+    query_THD: torch.Tensor,
+    prompt_BPGD: tuple[torch.Tensor, torch.Tensor],
+    own_TGD: tuple[torch.Tensor, torch.Tensor],
+    packing: PackedBatch,
+    asked_BKA: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """The candidates' attention, all rows together, on a CPU some candidates after the other: [B, K, A, H, D]."""
+    prompts = packing.prompts_BP
+    products = query_THD.shape[1] * asked_BKA[:, 0].numel() * prompt_BPGD[0].shape[1]
+    together = max(1, PRODUCTS // max(1, products)) if query_THD.device.type == "cpu" else asked_BKA.shape[1]
+    found = [
+        _candidates(
+            query_THD[asked],
+            prompt_BPGD,
+            (own_TGD[0][places], own_TGD[1][places]),
+            prompts == PAD if len(prompts) > 1 else None,  # A row by itself has no padding.
+            _unseen(places, asked)[:, None, None],
+            scaling,
+        )
+        for asked, places in zip(
+            torch.split(asked_BKA, together, dim=1), torch.split(packing.candidates_BKS, together, dim=1), strict=True
+        )
+    ]
+    return torch.cat(found, dim=1)
 
 
 def _prompts(

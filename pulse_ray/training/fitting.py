@@ -55,6 +55,16 @@ BOARD = "tensorboard"
 UPLOAD_S = 30.0
 """Between two uploads of the curves."""
 
+CPU_ENVIRONMENT = {
+    # Its threads have the cores to themselves: a thread that sleeps between two products is late for the second.
+    "GOMP_SPINCOUNT": "3000000",
+    # The memory of a step is taken again for the next one. glibc would give it back, and the kernel clear it each time.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+}
+"""Of workers that train on a CPU. Step of two MiniLM towers, 32 pairs of texts: 2.6 s with it, 3.4 s without."""
+
 KEPT = 2
 """Checkpoints that are kept beside the newest, the best ones: one may turn out to be damaged."""
 
@@ -145,6 +155,7 @@ def _trainer(job: Job, kept: Artefact) -> TorchTrainer:
                 num_to_keep=KEPT, checkpoint_score_attribute="score", checkpoint_score_order="max"
             ),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
+            worker_runtime_env={"env_vars": {} if workers.gpus else CPU_ENVIRONMENT},
         ),
         validation_config=ValidationConfig(
             partial(validate_checkpoint, build=job.build, args=job.args),

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pulse_ray.config import RankerConfig, TrainingConfig
 from pulse_ray.errors import ArtifactError
-from pulse_ray.ranker import attention, model
+from pulse_ray.ranker import attention, attention_cpu, model
 from pulse_ray.ranker.packing import ANSWER_TOKENS, PromptEncoder, TokenRow, budgeted, pack
 from pulse_ray.ranker.prompts import RankRow
 from pulse_ray.ranker.scorer import Scorer
@@ -95,12 +95,17 @@ def separate(ranker: model.PackedRanker, tokens: TokenRow) -> torch.Tensor:
         return one_by_one(ranker, tokens)
 
 
-@pytest.mark.parametrize("products", [attention.PRODUCTS, 1], ids=["together", "one by one"])
+@pytest.mark.parametrize("pieces", ["large", "small"])
+@pytest.mark.parametrize("by_head", [True, False], ids=["by head", "by candidates"])
 @torch.no_grad()
 def test_packed_logits_equal_separate_ones(
-    products: int, ranker: model.PackedRanker, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+    by_head: bool, pieces: str, ranker: model.PackedRanker, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "PRODUCTS", products)
+    monkeypatch.setattr(attention.cpu, "quick", lambda _: by_head)
+    if pieces == "small":
+        monkeypatch.setattr(attention, "PRODUCTS", 1)
+        monkeypatch.setattr(attention_cpu, "PRODUCTS", 1)
+        monkeypatch.setattr(attention_cpu, "BLOCK", 7)
     rows = [row(1), row(6, reason=None, candidates=3), row(4)]
     tokens = [encoder.encode(entry, ITEMS) for entry in rows]
     packed = ranker(pack(tokens))
