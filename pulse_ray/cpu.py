@@ -23,17 +23,18 @@ class Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[…, in] → […, out]."""
-        if x.dtype is not torch.float32 or self.weight.dtype is not torch.float32 or x.is_cuda or not x.numel():
+        low = x.dtype is not torch.float32 or self.weight.dtype is not torch.float32 or torch.is_autocast_enabled("cpu")
+        if low or x.device.type != "cpu" or x.dim() < 2 or not x.numel():
             return super().forward(x)
         return _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class Dropout(nn.Dropout):
-    """Dropout with cheaper draws. They are others than torch's for the same seed."""
+    """Dropout with cheaper draws. They are others than torch's for the same seed, and never in place."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The same shape."""
-        return dropout(x, self.p) if self.training and not x.is_cuda else super().forward(x)
+        return dropout(x, self.p) if self.training and x.device.type == "cpu" else super().forward(x)
 
 
 def dropout(x: torch.Tensor, share: float) -> torch.Tensor:
@@ -69,7 +70,7 @@ def quick(x: torch.Tensor) -> bool:
 
 def product(x_MD: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
     """x · yᵀ: [M, N]. `y_ND` must be contiguous, or oneDNN takes its slowest path."""
-    return _product(x_MD, y_ND)
+    return _product(x_MD, y_ND) if x_MD.numel() and y_ND.numel() else x_MD @ y_ND.t()
 
 
 class _Linear(torch.autograd.Function):

@@ -38,8 +38,13 @@ def test_frozen_weights_keep_no_inputs_and_other_precisions_go_torchs_way() -> N
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
         layer(x)
     assert [one.shape for one in kept] == [layer.weight.shape]
+    assert layer(x[0]).shape == (8,)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
     low = layer.bfloat16()
-    assert low(x.bfloat16()).dtype is torch.bfloat16
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        found = low(x.bfloat16())
+    assert found.dtype is torch.bfloat16 and type(found.grad_fn).__name__ != "_LinearBackward"
 
 
 def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:

@@ -18,6 +18,7 @@ from ray import cloudpickle
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from pulse_ray import runtime
 from pulse_ray.config import TrainingConfig, WorkersConfig
 from pulse_ray.errors import TrainingError
 from pulse_ray.training import checkpoints, fitting
@@ -245,3 +246,16 @@ def test_every_example_is_seen_once_an_epoch_however_it_is_cut() -> None:
             assert sorted(seen) == list(range(50))
         factors = [plan.lr_factor(step) for step in range(plan.total_steps + 1)]
         assert max(factors) == 1.0 and factors[0] > 0 and factors[-1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_workers_keep_what_a_job_says_of_their_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in fitting.MEMORY | fitting.THREADS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GOMP_SPINCOUNT", runtime.WORKER_ENVIRONMENT["GOMP_SPINCOUNT"])
+    alone = TrainingConfig()
+    assert fitting.environment(alone) == fitting.MEMORY | fitting.THREADS
+    assert fitting.environment(TrainingConfig(async_validation=True)) == fitting.MEMORY
+    assert fitting.environment(TrainingConfig(workers=WorkersConfig(gpus=1))) == {}
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    assert set(fitting.environment(alone)) == set(fitting.MEMORY) - {"MALLOC_ARENA_MAX"}

@@ -79,22 +79,28 @@ def attend(
     own_key_TGD, own_value_TGD = key_TGD[remembered:], value_TGD[remembered:]
     prompts = packing.prompts_BP
     prompt_key_BPGD, prompt_value_BPGD = own_key_TGD[prompts], own_value_TGD[prompts]
+    lengths_B = (prompts != PAD).sum(1).tolist() if by_head else []
     parts = []
     if prompts.numel() and not ends_only:
-        way = attention_cpu.prompts if by_head else _prompts
-        parts.append(way(query_THD[prompts], prompt_key_BPGD, prompt_value_BPGD, scaling))
+        states = (query_THD[prompts], prompt_key_BPGD, prompt_value_BPGD)
+        parts.append(attention_cpu.prompts(*states, lengths_B, scaling) if by_head else _prompts(*states, scaling))
     if remembered:
         prompt_key_BPGD, prompt_value_BPGD = key_TGD[None, :remembered], value_TGD[None, :remembered]
-    if packing.candidates_BKS.numel():
-        asked_BKA = packing.ends_BK[..., None] if ends_only else packing.candidates_BKS
+        lengths_B = [remembered]
+    places_BKS = packing.candidates_BKS
+    if places_BKS.numel():
+        asked_BKA = packing.ends_BK[..., None] if ends_only else places_BKS
         prompt = (prompt_key_BPGD, prompt_value_BPGD)
-        own = (own_key_TGD, own_value_TGD)
-        seen = _by_head if by_head else _by_candidates
-        found_BKAHD = seen(query_THD, prompt, own, packing, asked_BKA, scaling)
-        parts.append(found_BKAHD.flatten(0, 2))
+        if by_head:
+            own = (own_key_TGD[places_BKS], own_value_TGD[places_BKS])
+            unseen_BKAS = _unseen(places_BKS, asked_BKA)
+            found = attention_cpu.candidates(query_THD[asked_BKA], prompt, own, lengths_B, unseen_BKAS, scaling)
+        else:
+            found = _by_candidates(query_THD, prompt, (own_key_TGD, own_value_TGD), packing, asked_BKA, scaling)
+        parts.append(found.flatten(0, 2))
     if not ends_only:
         return torch.cat(parts)[packing.slots_T][None], None
-    whole_THD = torch.zeros_like(query_THD)
+    whole_THD = query_THD.new_zeros(*query_THD.shape[:2], value.shape[-1])
     if parts:
         whole_THD = whole_THD.index_copy(0, packing.ends_N, parts[0][packing.ends_BK.flatten() != PAD])
     return whole_THD[None], None
@@ -103,27 +109,6 @@ def attend(
 def _unseen(places_BKS: torch.Tensor, asked_BKA: torch.Tensor) -> torch.Tensor:
     """Which tokens of its own candidate a token does not see: [B, K, A, S]."""
     return (places_BKS == PAD)[:, :, None] | (places_BKS[:, :, None] > asked_BKA[..., None])
-
-
-def _by_head(
-    query_THD: torch.Tensor,
-    prompt_BPGD: tuple[torch.Tensor, torch.Tensor],
-    own_TGD: tuple[torch.Tensor, torch.Tensor],
-    packing: PackedBatch,
-    asked_BKA: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """The candidates' attention, as `_by_candidates`, row by row."""
-    places, longest = packing.candidates_BKS, prompt_BPGD[0].shape[1]
-    lengths_B = (packing.prompts_BP != PAD).sum(1).tolist() if len(places) > 1 else [longest]
-    return attention_cpu.candidates(
-        query_THD[asked_BKA],
-        prompt_BPGD,
-        (own_TGD[0][places], own_TGD[1][places]),
-        lengths_B,
-        _unseen(places, asked_BKA),
-        scaling,
-    )
 
 
 def _by_candidates(

@@ -104,9 +104,19 @@ def base_model(config: RankerConfig) -> nn.Module:
     if model.config.pad_token_id is None:
         known = tokenizer(name)
         model.config.pad_token_id = known.pad_token_id if known.pad_token_id is not None else known.eos_token_id
-    last_layer.shorten(getattr(model, model.base_model_prefix))
-    cpu.quicken(model)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes' kernel for such CPUs computes in bfloat16 whatever it is asked, and dies of an empty input.
+            module.support_avx512bf16_for_cpu = False
     return model  # type: ignore[no-any-return]
+
+
+def _quickened(adapted: PeftModel) -> PeftModel:
+    """The same model, doing less. Its adapters are in place, as what they compute counts too."""
+    base = adapted.get_base_model()
+    last_layer.shorten(getattr(base, base.base_model_prefix))
+    cpu.quicken(adapted)
+    return adapted
 
 
 def _quantization(config: RankerConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -174,7 +184,7 @@ def create(config: RankerConfig) -> PackedRanker:
     if config.gradient_checkpointing:
         adapted.enable_input_require_grads()
         adapted.gradient_checkpointing_enable()
-    return PackedRanker(adapted)
+    return PackedRanker(_quickened(adapted))
 
 
 def lora_targets(model: nn.Module, config: LoraConfig) -> list[str]:
@@ -223,7 +233,7 @@ def load(folder: Path, config: RankerConfig) -> PackedRanker:
     cuda = torch.cuda.is_available()
     model = base_model(config)
     adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-    if config.training.precision == "fp32" and config.quantization is None:
+    if config.training.precision == "fp32" and not getattr(model, "is_quantized", False):
         # One product for each projection instead of three. Fewer bits would round the sum, and the logits with it.
         adapted.merge_adapter()
-    return PackedRanker(adapted.to(model.dtype)).to("cuda" if cuda else "cpu").eval()
+    return PackedRanker(_quickened(adapted).to(model.dtype)).to("cuda" if cuda else "cpu").eval()

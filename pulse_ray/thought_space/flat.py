@@ -57,7 +57,8 @@ def attend(
         found: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **given)[0]
         return found, None
     texts = zip(*(torch.split(states, text_lengths, dim=2) for states in (query, key, value)), strict=True)
-    one: Callable[..., Any] = _with_dropout if given.get("dropout") else sdpa_attention_forward
+    alike = query.shape[1] == key.shape[1] and not getattr(module, "is_causal", True)
+    one: Callable[..., Any] = _with_dropout if given.get("dropout") and alike else sdpa_attention_forward
     return torch.cat([one(module, *text, None, **given)[0] for text in texts], dim=1), None
 
 
@@ -71,7 +72,7 @@ def _with_dropout(
     scaling: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of a text to itself, some of its weights left out: torch's own would draw them one by one."""
+    """Attention of each token to all of its text, some weights left out: torch's own would draw them one by one."""
     weights = (query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)).softmax(-1)
     return (cpu.dropout(weights, dropout) @ value).transpose(1, 2), None
 

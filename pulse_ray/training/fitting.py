@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import tempfile
 import threading
 import time
@@ -40,6 +41,7 @@ from ray.train import ValidationConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from tensorboardX import SummaryWriter
 
+from pulse_ray import runtime
 from pulse_ray.config import TrainingConfig
 from pulse_ray.errors import PulseError, TrainingError
 from pulse_ray.progress import Bar, console
@@ -55,15 +57,11 @@ BOARD = "tensorboard"
 UPLOAD_S = 30.0
 """Between two uploads of the curves."""
 
-CPU_ENVIRONMENT = {
-    # Its threads have the cores to themselves: a thread that sleeps between two products is late for the second.
-    "GOMP_SPINCOUNT": "3000000",
-    # The memory of a step is taken again for the next one. glibc would give it back, and the kernel clear it each time.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-}
-"""Of workers that train on a CPU. Step of two MiniLM towers, 32 pairs of texts: 2.6 s with it, 3.4 s without."""
+MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Keeps the memory of a step for the next one: glibc would give it back, and the kernel clear it each time."""
+
+THREADS = {"GOMP_SPINCOUNT": "3000000"}
+"""Of workers that have the cores to themselves: a thread that sleeps between two products is late for the second."""
 
 KEPT = 2
 """Checkpoints that are kept beside the newest, the best ones: one may turn out to be damaged."""
@@ -155,7 +153,7 @@ def _trainer(job: Job, kept: Artefact) -> TorchTrainer:
                 num_to_keep=KEPT, checkpoint_score_attribute="score", checkpoint_score_order="max"
             ),
             failure_config=ray.train.FailureConfig(max_failures=workers.max_failures),
-            worker_runtime_env={"env_vars": {} if workers.gpus else CPU_ENVIRONMENT},
+            worker_runtime_env={"env_vars": environment(job.config)},
         ),
         validation_config=ValidationConfig(
             partial(validate_checkpoint, build=job.build, args=job.args),
@@ -165,6 +163,15 @@ def _trainer(job: Job, kept: Artefact) -> TorchTrainer:
         if job.config.async_validation
         else None,
     )
+
+
+def environment(config: TrainingConfig) -> dict[str, str]:
+    """Variables of the workers' processes. What the driver's environment sets otherwise than we did stays as it is."""
+    if config.workers.gpus:
+        return {}
+    wanted = MEMORY if config.async_validation else MEMORY | THREADS
+    ours = runtime.WORKER_ENVIRONMENT
+    return {name: value for name, value in wanted.items() if os.environ.get(name) in (None, ours.get(name))}
 
 
 def _watched(trainer: TorchTrainer, told_on: Any, bar: Bar, curves: _Curves) -> ray.train.Result | BaseException:

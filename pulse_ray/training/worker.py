@@ -364,7 +364,7 @@ def _flops_per_token(module: nn.Module, config: TrainingConfig) -> float | None:
     """Of forward and backward, over this GPU's peak; None where that is not known.
 
     Two for a weight in the forward pass, two for its input's gradient, and two for its own, if it is trained.
-    Embeddings are looked up, and attention itself is left out.
+    Embeddings are looked up, attention itself is left out, and a ranker's last layer is counted in full.
     """
     if not torch.cuda.is_available() or config.precision != "bf16":
         return None
@@ -374,8 +374,13 @@ def _flops_per_token(module: nn.Module, config: TrainingConfig) -> float | None:
         return None
     looked_up = {id(one.weight) for one in module.modules() if isinstance(one, nn.Embedding)}
     computed = [one for one in module.parameters() if id(one) not in looked_up]
-    sizes = [(getattr(one, "ds_numel", one.numel()), one.requires_grad) for one in computed]
-    return sum(size * (6 if trained else 4) for size, trained in sizes) / peak
+    return sum(_size(one) * (6 if one.requires_grad else 4) for one in computed) / peak
+
+
+def _size(weight: Any) -> int:
+    """Numbers of a weight, cut among workers or packed into four bits as it may be."""
+    packed = getattr(weight, "quant_state", None)
+    return int(packed.shape.numel() if packed is not None else getattr(weight, "ds_numel", weight.numel()))
 
 
 def _figures(stepped: Stepped, seconds: float, peak_share: float | None) -> dict[str, float]:

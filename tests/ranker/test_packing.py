@@ -119,6 +119,7 @@ def test_packed_logits_equal_separate_ones(
 @pytest.mark.parametrize(
     ("architecture", "settings"),
     [
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2}),
         ("phi3", {"sliding_window": 2048}),
         ("qwen2", {}),
         ("qwen3", {"head_dim": 32}),
@@ -255,11 +256,12 @@ def test_the_last_layer_computes_for_ends_alone(ranker: model.PackedRanker, enco
     read: list[tuple[int, ...]] = []
     layers = ranker.model.get_base_model().model.layers
     hooks = [
-        layer.mlp.down_proj.register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape[:2])))
+        module.register_forward_hook(lambda _, given, __: read.append(tuple(given[0].shape[:2])))
         for layer in layers
+        for module in (layer.self_attn.o_proj.lora_A["default"], layer.mlp.down_proj)
     ]
     batch = pack([encoder.encode(row(2), ITEMS), encoder.encode(row(4, candidates=3), ITEMS)])
     ranker(batch)
     for hook in hooks:
         hook.remove()
-    assert read == [(1, len(batch.slots_T))] * (len(layers) - 1) + [(1, 8)]
+    assert read == [(1, len(batch.slots_T))] * 2 * (len(layers) - 1) + [(1, 8)] * 2

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from torch import nn
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -75,3 +77,21 @@ def test_a_model_whose_attention_knows_places_reads_padded_texts(tmp_path: Path)
     assert flat.first_position(encoders.rationale) is None
     (padded,) = encoders.tokens("rationale", TEXTS)
     assert padded["attention_mask"].shape[0] == len(TEXTS)
+
+
+@pytest.mark.parametrize(("causal", "key_heads"), [(False, 4), (True, 4), (False, 2)])
+def test_dropout_of_attention_is_right_in_the_mean(causal: bool, key_heads: int) -> None:
+    torch.manual_seed(0)
+    module = nn.Module()
+    module.is_causal, module.num_key_value_groups = causal, 4 // key_heads
+    query, key, value = (torch.randn(1, heads, 8, 16) for heads in (4, key_heads, key_heads))
+    given = {"text_lengths": [3, 5], "scaling": 0.3}
+
+    def mean(**more: Any) -> torch.Tensor:
+        draws = [flat.attend(module, query, key, value, None, **given, **more)[0] for _ in range(2000)]
+        assert more or torch.equal(draws[0], draws[1])
+        assert not more or not torch.equal(draws[0], draws[1])
+        return torch.stack(draws).mean(0)
+
+    # Of a mean of 2,000 draws the standard error is 0.02 here.
+    torch.testing.assert_close(mean(dropout=0.3), mean(), atol=0.15, rtol=0)
