@@ -49,7 +49,7 @@ def dropout(x: torch.Tensor, share: float) -> torch.Tensor:
 
 def quicken(module: nn.Module) -> None:
     """Makes the plain linear layers and dropouts of a module the ones of here, if there is no GPU."""
-    if torch.cuda.is_available() or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available() or not _has_onednn():
         return
     for one in module.modules():
         if type(one) is nn.Linear:
@@ -60,12 +60,7 @@ def quicken(module: nn.Module) -> None:
 
 def quick(x: torch.Tensor) -> bool:
     """Whether `product` is for tensors like this one: float32 on a CPU, and nothing is trained."""
-    return (
-        x.dtype is torch.float32
-        and x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    )
+    return x.dtype is torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled() and _has_onednn()
 
 
 def product(x_MD: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
@@ -92,6 +87,10 @@ class _Linear(torch.autograd.Function):
             _product(rows.t(), x.flatten(0, -2).t()) if for_weight else None,
             rows.sum(0) if for_bias else None,
         )
+
+
+def _has_onednn() -> bool:
+    return bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

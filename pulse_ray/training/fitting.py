@@ -58,7 +58,7 @@ UPLOAD_S = 30.0
 """Between two uploads of the curves."""
 
 MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
-"""Keeps the memory of a step for the next one: glibc would give it back, and the kernel clear it each time."""
+"""Lets glibc keep the memory of a step for the next one, which the kernel would have to clear each time."""
 
 THREADS = {"GOMP_SPINCOUNT": "3000000"}
 """Of workers that have the cores to themselves: a thread that sleeps between two products is late for the second."""
