@@ -7,13 +7,14 @@ Prompts have 400 tokens and candidates 24, all of them random. The peers are a s
 framework, in batches of the size that is fastest here, in scoring and in training; `vllm.LLM.classify` on the merged
 model, compiled, with its prefix cache, and with the tokens in a step that are fastest here; and packed rows, one in a
 pass, under a dense mask that Python builds row by row. A training step is forward and backward through LoRA on every
-layer, for one user of 10 candidates. Every system has fresh users in every turn. In our process turns alternate; vLLM
-and the memory of a training step are measured in processes of their own. All must give the same logits for a user.
+layer, for one user of 10 candidates. Every system has fresh users in every turn, and the systems take turns: vLLM has
+processes of its own, which wait while others work. All must give the same logits for a user.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -47,9 +48,6 @@ STEP_TOKENS = (1024, 4096)
 """Tokens in a step of vLLM, of which it has the better; it would take 4,096."""
 VOCABULARY = 30_000
 TURNS = 3
-TRIES = 2
-"""For what runs in a process of its own: vLLM's may die while it shuts down."""
-
 Figures = dict[str, Any]
 
 
@@ -62,7 +60,7 @@ def main() -> int:
     parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps({"vllm": _vllm, "memory": _memory}[options.child](**options.settings)))
+        {"vllm": _serve_vllm, "memory": _memory}[options.child](**options.settings)
         return 0
     only = "phi3" if options.quick else options.only
     figures: Figures = {}
@@ -126,19 +124,14 @@ def _users(count: int, candidates: int, seed: int) -> list[TokenRow]:
 
 def _compare(case: Case, counts: tuple[int, ...]) -> Figures:
     scorer = Scorer(case.folder / "adapter", case.config, {})
-    vllm = [
-        _child("vllm", case, step_tokens=tokens, loads={count: _load(count) for count in counts})
-        for tokens in STEP_TOKENS
-    ]
     separate = _fastest({size: _separate(scorer, size) for size in AT_ONCE}, _users(1, counts[0], 0))
     found: Figures = {}
-    for count in counts:
-        best = max((one[str(count)] for one in vllm), key=lambda one: one["users_per_s"])
-        found[str(count)] = _scored(scorer, count, separate, best)
-        print(case.name, case.precision, count, found[str(count)], file=sys.stderr, flush=True)
-    found["training"] = _trained(case) | {
-        f"{how}_peak_mib": _child("memory", case, how=how)["peak_mib"] for how in ("packed", "separate")
-    }
+    with contextlib.ExitStack() as engines:
+        vllm = {tokens: engines.enter_context(_Vllm(case, tokens)) for tokens in STEP_TOKENS}
+        for count in counts:
+            found[str(count)] = _scored(scorer, count, separate, vllm)
+            print(case.name, case.precision, count, found[str(count)], file=sys.stderr, flush=True)
+    found["training"] = _trained(case) | {f"{how}_peak_mib": _peak_mib(case, how) for how in ("packed", "separate")}
     print(case.name, case.precision, found["training"], file=sys.stderr, flush=True)
     return found
 
@@ -148,42 +141,47 @@ def _load(candidates: int) -> int:
     return max(2, 80 // candidates)
 
 
-def _scored(scorer: Scorer, candidates: int, at_once: int, vllm: Figures) -> Figures:
+def _scored(scorer: Scorer, candidates: int, at_once: int, vllm: dict[int, _Vllm]) -> Figures:
     """Users per second of every system, and how far their logits are from those of separate sequences.
 
     Args:
         at_once: sequences in a batch of the separate peer.
-        vllm: what it came to.
+        vllm: its engines, by the tokens in a step.
     """
-    packed = _load(candidates)
+    load = _load(candidates)
     systems: dict[str, tuple[Callable[[list[TokenRow]], Any], int]] = {
-        "packed": (lambda users: scorer.score_tokens(users, CPU_TOKENS), packed),
+        "packed": (lambda users: scorer.score_tokens(users, CPU_TOKENS), load),
         "separate": (_separate(scorer, at_once), 1),
-        "mask_in_python": (_masked(scorer), max(1, packed // 4)),
+        "mask_in_python": (_masked(scorer), max(1, load // 4)),
     }
+    systems |= {f"vllm_{tokens}": (engine.score, load) for tokens, engine in vllm.items()}
     rates: dict[str, list[float]] = {name: [] for name in systems}
-    logits: dict[str, np.ndarray] = {"vllm": np.array(vllm["logits"])}
-    systems["packed"][0](_users(1, candidates, 0))
+    logits: dict[str, np.ndarray] = {}
+    for name, (score, users) in systems.items():
+        if name != "separate":  # That one is warm, and slow.
+            score(_users(users, candidates, 0))
     for turn in range(1, 1 + TURNS):
         for name, (score, users) in systems.items():
             rows = _users(users, candidates, turn)
             started = time.perf_counter()
             first = score(rows)[0]
             rates[name].append(users / (time.perf_counter() - started))
-            logits[name] = first
+            logits[name] = np.array(first)
     median = {name: statistics.median(found) for name, found in rates.items()}
-    median["vllm"] = vllm["users_per_s"]
+    step_tokens = max(vllm, key=lambda tokens: median[f"vllm_{tokens}"])
     right = logits.pop("separate")
+    by_turn = [ours / theirs for ours, theirs in zip(rates["packed"], rates[f"vllm_{step_tokens}"], strict=True)]
     return {
         "separate_at_once": at_once,
         "users_per_s": {name: round(rate, 3) for name, rate in median.items()},
         "of_token_ratio": round(median["packed"] / median["separate"] / _token_ratio(candidates), 3),
-        "over_vllm": round(median["packed"] / median["vllm"], 2),
+        "over_vllm": round(median["packed"] / median[f"vllm_{step_tokens}"], 2),
+        "over_vllm_by_turn": [round(ratio, 2) for ratio in by_turn],
         "over_mask_in_python": round(median["packed"] / median["mask_in_python"], 2),
         "logits_apart": {name: float(np.abs(found - right).max()) for name, found in logits.items()},
         "logits_std": float(right.std()),
-        "vllm_cached_tokens": vllm["cached_tokens"],
-        "vllm_step_tokens": vllm["step_tokens"],
+        "vllm_cached_tokens": vllm[step_tokens].cached_tokens,
+        "vllm_step_tokens": step_tokens,
     }
 
 
@@ -305,21 +303,33 @@ def _step(ranker: model.PackedRanker, at_once: int | None, user: TokenRow) -> to
     return torch.cat([one.float().flatten() for one in torch.autograd.grad(loss, trainable)])
 
 
-def _child(which: str, case: Case, **settings: Any) -> Figures:
+def _child(which: str, case: Case, **settings: Any) -> subprocess.Popen[str]:
+    """A process of this module, which reads and writes lines of JSON."""
     settings |= {"folder": str(case.folder)}
     command = [sys.executable, "-m", "benchmarks.ranker", "--child", which, "--settings", json.dumps(settings)]
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": root}
-    for _ in range(TRIES):
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False, cwd=root, text=True)
-        found = [line for line in done.stdout.splitlines() if line.startswith('{"')]
-        if found:
-            return dict(json.loads(found[-1]))
-    raise RuntimeError(f"{which} gave no result: exit status {done.returncode}")
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True
+    )
 
 
-def _memory(folder: str, how: str) -> Figures:
-    """What a training step adds to the memory of a process at its peak, which is forgotten before it."""
+def _answer(child: subprocess.Popen[str]) -> Figures:
+    """The next line of JSON among what a process prints."""
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith('{"'):
+            return dict(json.loads(line))
+    raise RuntimeError(f"{child.args} gave no answer: exit status {child.wait()}")
+
+
+def _peak_mib(case: Case, how: str) -> float:
+    with _child("memory", case, how=how) as child:
+        return float(_answer(child)["peak_mib"])
+
+
+def _memory(folder: str, how: str) -> None:
+    """Prints what a training step adds to the memory of a process at its peak, which is forgotten before it."""
     config = RankerConfig.model_validate_json((Path(folder) / "ranker.json").read_text())
     ranker = model.create(config)
     at_once = None if how == "packed" else 1
@@ -327,7 +337,7 @@ def _memory(folder: str, how: str) -> Figures:
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")
     _step(ranker, at_once, _users(1, 10, 0)[0])
-    return {"peak_mib": round((_status_kib("VmHWM") - before) / 1024, 1)}
+    print(json.dumps({"peak_mib": round((_status_kib("VmHWM") - before) / 1024, 1)}))
 
 
 def _status_kib(name: str) -> int:
@@ -336,12 +346,39 @@ def _status_kib(name: str) -> int:
     return int(found[1])
 
 
-def _vllm(folder: str, step_tokens: int, loads: dict[str, int]) -> Figures:
-    """By the number of candidates: users per second, and what a user's logits and cached tokens are.
+class _Vllm:
+    """An engine in a process of its own.
+
+    Attributes:
+        cached_tokens: of the prompts of the first user's candidates, when they were last scored.
+    """
+
+    def __init__(self, case: Case, step_tokens: int) -> None:
+        self._case, self._step_tokens = case, step_tokens
+        self.cached_tokens = 0
+
+    def __enter__(self) -> Self:
+        self._child = _child("vllm", self._case, step_tokens=self._step_tokens)
+        _answer(self._child)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.communicate()
+
+    def score(self, users: list[TokenRow]) -> list[list[float]]:
+        """Logits of every user's candidates."""
+        assert self._child.stdin is not None
+        print(json.dumps([[row.prompt, row.candidates] for row in users]), file=self._child.stdin, flush=True)
+        found = _answer(self._child)
+        self.cached_tokens = found["cached_tokens"]
+        return list(found["logits"])
+
+
+def _serve_vllm(folder: str, step_tokens: int) -> None:
+    """Scores the users of each line that is read.
 
     Args:
         step_tokens: in a step of the engine, at most.
-        loads: users in a turn, by the number of candidates.
     """
     from pulse_ray.config import EngineConfig
     from pulse_ray.generation.engine import prepare_environment, vllm_arguments
@@ -355,29 +392,19 @@ def _vllm(folder: str, step_tokens: int, loads: dict[str, int]) -> Figures:
     # The smallest blocks that vLLM has on CPU: what of the prompt does not fill one is computed for every candidate.
     arguments = vllm_arguments(engine, f"{folder}/merged") | {"block_size": 32, "max_num_batched_tokens": step_tokens}
     llm = LLM(**arguments, runner="pooling", convert="classify", disable_log_stats=True)
-
-    def scored(rows: list[TokenRow]) -> list[Any]:
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        users = json.loads(line)
         prompts = [
-            TokensPrompt(prompt_token_ids=row.prompt + candidate) for row in rows for candidate in row.candidates
+            TokensPrompt(prompt_token_ids=prompt + candidate)
+            for prompt, candidates in users
+            for candidate in candidates
         ]
-        return list(llm.classify(prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False))
-
-    found: Figures = {}
-    for count, users in loads.items():
-        candidates, seconds = int(count), list[float]()
-        scored(_users(1, candidates, 0))
-        for turn in range(1, 1 + TURNS):
-            rows = _users(users, candidates, turn)
-            started = time.perf_counter()
-            last = scored(rows)[:candidates]
-            seconds.append(time.perf_counter() - started)
-        found[count] = {
-            "users_per_s": users / statistics.median(seconds),
-            "logits": [one.outputs.probs[0] for one in last],
-            "cached_tokens": sum(one.num_cached_tokens for one in last),
-            "step_tokens": step_tokens,
-        }
-    return found
+        found = list(llm.classify(prompts, pooling_params=PoolingParams(use_activation=False), use_tqdm=False))
+        logits = iter(one.outputs.probs[0] for one in found)
+        cached = sum(int(one.num_cached_tokens or 0) for one in found[: len(users[0][1])])
+        answer = {"logits": [[next(logits) for _ in candidates] for _, candidates in users], "cached_tokens": cached}
+        print(json.dumps(answer), flush=True)
 
 
 def _bars(figures: Figures) -> dict[str, dict[str, Any]]:
@@ -396,7 +423,8 @@ def _bars(figures: Figures) -> dict[str, dict[str, Any]]:
             if "fp32" in name:
                 for system, apart in found[count]["logits_apart"].items():
                     # vLLM has the merged model, whose sums are others.
-                    at_most(f"{name}_{count}_{system}_logits_apart", apart, 1e-3 if system == "vllm" else 1e-4)
+                    most = 1e-3 if system.startswith("vllm") else 1e-4
+                    at_most(f"{name}_{count}_{system}_logits_apart", apart, most)
         bar(f"{name}_training", found["training"]["packed_over_separate"], 4)
         if "fp32" in name:
             at_most(f"{name}_gradients_apart", found["training"]["gradients_apart"], 1e-3)
