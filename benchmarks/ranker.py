@@ -4,9 +4,10 @@
     python -m benchmarks.ranker --quick    # the Phi-3, 10 candidates, fp32
 
 Prompts have 400 tokens and candidates 24, all of them random. The peers are a sequence for each candidate in the same
-framework, in batches of the size that is fastest here, in scoring and in training; `vllm.LLM.classify` on the merged
-model, compiled, with its prefix cache, and with the tokens in a step that are fastest here; and packed rows, one in a
-pass, under a dense mask that Python builds row by row. A training step is forward and backward through LoRA on every
+framework, in batches of the size that is fastest here, in scoring and in training, and in scoring with passes beside
+each other, as packed rows have them, where that is faster; `vllm.LLM.classify` on the merged model, compiled, with its
+prefix cache, and with the tokens in a step that are fastest here; and packed rows, one in a pass, under a dense mask
+that Python builds row by row. A training step is forward and backward through LoRA on every
 layer, for one user of 10 candidates. Every system has fresh users in every turn, and the systems take turns: vLLM has
 processes of its own, which wait while others work. All must give the same logits for a user.
 """
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from benchmarks._report import report
 from pulse_ray.config import CPU_TOKENS, RankerConfig
 from pulse_ray.ranker import attention, model
 from pulse_ray.ranker.packing import TokenRow, pack
-from pulse_ray.ranker.scorer import Scorer
+from pulse_ray.ranker.scorer import Scorer, in_threads
 
 PROMPT, CANDIDATE = 400, 24
 COUNTS = (10, 20, 100)
@@ -44,11 +45,14 @@ SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PRECISIONS = ("fp32", "bf16")
 AT_ONCE = (1, 5, 10)
 """Sequences in a batch, of which the separate peer has the best."""
+THREADS = (1, 2)
+"""Batches of that peer beside each other, of which it has the better."""
 STEP_TOKENS = (1024, 4096)
 """Tokens in a step of vLLM, of which it has the better; it would take 4,096."""
 VOCABULARY = 30_000
 TURNS = 3
 Figures = dict[str, Any]
+Way = TypeVar("Way")
 
 
 def main() -> int:
@@ -112,7 +116,7 @@ def _phi3(folder: Path) -> Path:
 
 
 def _users(count: int, candidates: int, seed: int) -> list[TokenRow]:
-    draws = np.random.default_rng(seed)
+    draws = np.random.default_rng((candidates, seed))
 
     def text(length: int) -> list[int]:
         return [int(token) for token in draws.integers(100, VOCABULARY, length)]
@@ -124,7 +128,8 @@ def _users(count: int, candidates: int, seed: int) -> list[TokenRow]:
 
 def _compare(case: Case, counts: tuple[int, ...]) -> Figures:
     scorer = Scorer(case.folder / "adapter", case.config, {})
-    separate = _fastest({size: _separate(scorer, size) for size in AT_ONCE}, _users(1, counts[0], 0))
+    ways = {(size, threads): _separate(scorer, size, threads) for size in AT_ONCE for threads in THREADS}
+    separate = _fastest(ways, _users(1, counts[0], 0))
     found: Figures = {}
     with contextlib.ExitStack() as engines:
         vllm = {tokens: engines.enter_context(_Vllm(case, tokens)) for tokens in STEP_TOKENS}
@@ -141,17 +146,17 @@ def _load(candidates: int) -> int:
     return max(2, 80 // candidates)
 
 
-def _scored(scorer: Scorer, candidates: int, at_once: int, vllm: dict[int, _Vllm]) -> Figures:
+def _scored(scorer: Scorer, candidates: int, separate: tuple[int, int], vllm: dict[int, _Vllm]) -> Figures:
     """Users per second of every system, and how far their logits are from those of separate sequences.
 
     Args:
-        at_once: sequences in a batch of the separate peer.
+        separate: of that peer, sequences in a batch, and batches beside each other.
         vllm: its engines, by the tokens in a step.
     """
     load = _load(candidates)
     systems: dict[str, tuple[Callable[[list[TokenRow]], Any], int]] = {
         "packed": (lambda users: scorer.score_tokens(users, CPU_TOKENS), load),
-        "separate": (_separate(scorer, at_once), 1),
+        "separate": (_separate(scorer, *separate), 1),
         "mask_in_python": (_masked(scorer), max(1, load // 4)),
     }
     systems |= {f"vllm_{tokens}": (engine.score, load) for tokens, engine in vllm.items()}
@@ -172,7 +177,7 @@ def _scored(scorer: Scorer, candidates: int, at_once: int, vllm: dict[int, _Vllm
     right = logits.pop("separate")
     by_turn = [ours / theirs for ours, theirs in zip(rates["packed"], rates[f"vllm_{step_tokens}"], strict=True)]
     return {
-        "separate_at_once": at_once,
+        "separate_at_once": separate,
         "users_per_s": {name: round(rate, 3) for name, rate in median.items()},
         "of_token_ratio": round(median["packed"] / median["separate"] / _token_ratio(candidates), 3),
         "over_vllm": round(median["packed"] / median[f"vllm_{step_tokens}"], 2),
@@ -185,7 +190,7 @@ def _scored(scorer: Scorer, candidates: int, at_once: int, vllm: dict[int, _Vllm
     }
 
 
-def _fastest(ways: dict[int, Callable[[list[TokenRow]], Any]], users: list[TokenRow]) -> int:
+def _fastest(ways: dict[Way, Callable[[list[TokenRow]], Any]], users: list[TokenRow]) -> Way:
     """Which of some ways is, the better of two turns each: the first warms up."""
     return min(ways, key=lambda name: min(_seconds(ways[name], users) for _ in range(2)))
 
@@ -200,13 +205,29 @@ def _seconds(score: Callable[[list[TokenRow]], Any], users: list[TokenRow]) -> f
     return time.perf_counter() - started
 
 
-def _separate(scorer: Scorer, at_once: int) -> Callable[[list[TokenRow]], list[np.ndarray]]:
-    """A sequence for each candidate."""
+def _separate(scorer: Scorer, at_once: int, threads: int) -> Callable[[list[TokenRow]], list[np.ndarray]]:
+    """A sequence for each candidate.
 
-    @torch.inference_mode()
+    Args:
+        at_once: sequences in a batch.
+        threads: batches beside each other.
+    """
+
     def score(users: list[TokenRow]) -> list[np.ndarray]:
         scorer.ranker.model.get_base_model().set_attn_implementation("sdpa")
-        found = [torch.cat(list(_sequences(scorer.ranker, user, at_once))).float().numpy() for user in users]
+        found = []
+        for user in users:
+            logits = np.zeros(len(user.candidates), np.float32)
+
+            @torch.inference_mode()
+            def fill(places: list[int], user: TokenRow = user, logits: np.ndarray = logits) -> None:
+                some = TokenRow(prompt=user.prompt, candidates=[user.candidates[place] for place in places])
+                (batch,) = _sequences(scorer.ranker, some, len(places))
+                logits[places] = batch.float().numpy()
+
+            every = range(len(user.candidates))
+            in_threads(fill, [list(every[start : start + at_once]) for start in every[::at_once]], threads)
+            found.append(logits)
         scorer.ranker.model.get_base_model().set_attn_implementation(attention.NAME)
         return found
 
