@@ -40,8 +40,8 @@ from pulse_ray.errors import ConfigError
 
 OPERATIONAL = "operational"
 
-CPU_TOKENS = 3072
-"""In one forward pass of a ranker on a CPU, by default: fewer make small products, more leave its cache."""
+CPU_TOKENS = 6144
+"""Of rows that a ranker scores at once on a CPU, by default."""
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -502,7 +502,7 @@ class EvaluateConfig(Section):
     report_users: Annotated[int, Field(ge=0)] = Field(5, description="users whose tree and ranking the report shows")
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
     token_budget: Annotated[Count, OPERATIONAL] = Field(
-        CPU_TOKENS, description="tokens in one forward pass of the scorer; a GPU is filled by ten times as many"
+        CPU_TOKENS, description="tokens in all forward passes under way at once; a GPU takes five times as many"
     )
 
 
@@ -519,7 +519,7 @@ class ScoreConfig(Section):
     )
     pool: Annotated[PoolConfig, OPERATIONAL] = PoolConfig()
     token_budget: Annotated[Count, OPERATIONAL] = Field(
-        CPU_TOKENS, description="tokens in one forward pass of the ranker; a GPU is filled by ten times as many"
+        CPU_TOKENS, description="tokens in all forward passes under way at once; a GPU takes five times as many"
     )
 
 
@@ -545,7 +545,7 @@ class RankingConfig(DeploymentConfig):
     """The ranker: packed forward passes over as many requests as fit a token budget."""
 
     adapter: str | None = Field(None, description="folder or URI of another adapter than the run's, to roll out")
-    token_budget: Count = Field(CPU_TOKENS, description="packed tokens of the requests that go together")
+    token_budget: Count = Field(CPU_TOKENS, description="packed tokens of the requests that are scored together")
     batch_wait_s: Annotated[float, Field(ge=0)] = Field(0.01, description="a batch that is not full waits for company")
     max_wait_s: Annotated[float, Field(ge=0)] = Field(
         2, description="a request whose turn would come later is refused, as one above max_ongoing_requests would be"

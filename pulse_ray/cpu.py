@@ -7,6 +7,7 @@ the other; here one serves four.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from typing import Any
 
@@ -17,6 +18,9 @@ from torch.autograd.function import once_differentiable
 PARTS = 2**16
 """A share of elements to leave out is rounded to a multiple of one in so many."""
 
+MALLOPT = {"M_ARENA_MAX": (-8, 1), "M_MMAP_MAX": (-4, 0), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
+"""Of glibc, by name: the number of a setting, and what it is set to. Arenas of other threads give memory back, too."""
+
 
 class Linear(nn.Linear):
     """A linear layer by oneDNN, in training too. What is no float32 on a CPU goes torch's way."""
@@ -26,6 +30,8 @@ class Linear(nn.Linear):
         low = x.dtype is not torch.float32 or self.weight.dtype is not torch.float32 or torch.is_autocast_enabled("cpu")
         if low or x.device.type != "cpu" or x.dim() < 2 or not x.numel():
             return super().forward(x)
+        if not torch.is_grad_enabled():
+            return _product(x, self.weight, self.bias)
         return _Linear.apply(x, self.weight, self.bias)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -59,13 +65,25 @@ def quicken(module: nn.Module) -> None:
 
 
 def quick(x: torch.Tensor) -> bool:
-    """Whether `product` is for tensors like this one: float32 on a CPU, and nothing is trained."""
-    return x.dtype is torch.float32 and x.device.type == "cpu" and not torch.is_grad_enabled() and _has_onednn()
+    """Whether `product` is for tensors like this one: on a CPU, and nothing is trained."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and _has_onednn()
 
 
 def product(x_MD: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
-    """x · yᵀ: [M, N]. `y_ND` must be contiguous, or oneDNN takes its slowest path."""
+    """x · yᵀ in float32: [M, N]. `y_ND` must be contiguous, or oneDNN takes its slowest path."""
     return _product(x_MD, y_ND) if x_MD.numel() and y_ND.numel() else x_MD @ y_ND.t()
+
+
+def keep_memory() -> None:
+    """Lets this process keep the memory that large tensors leave for those that follow, where its C library is glibc.
+
+    By default they give it back to the system and ask for it again, page by page, in every layer. Arenas that threads
+    have already stay as they are.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        for option, value in MALLOPT.values():
+            set_option(option, value)
 
 
 class _Linear(torch.autograd.Function):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -66,3 +70,30 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean() -> None:
     assert torch.equal(layer(x), kept), "the seed decides"
     assert torch.equal(layer.eval()(x), x)
     assert not cpu.dropout(x, 1.0).any() and torch.equal(cpu.dropout(x, 0.0), x)
+
+
+FAULTS = """
+import resource, threading, torch
+from pulse_ray import cpu
+if {keep}:
+    cpu.keep_memory()
+def work():
+    for _ in range(20):
+        torch.ones(2**22) + torch.ones(2**21).repeat(2)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told")
+def test_memory_that_tensors_leave_is_kept() -> None:
+    faults = {
+        keep: int(subprocess.check_output([sys.executable, "-c", FAULTS.format(keep=keep)])) for keep in (True, False)
+    }
+    assert faults[True] < faults[False] / 10

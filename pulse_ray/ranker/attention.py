@@ -74,41 +74,27 @@ def attend(
         )
     query_THD, key_TGD, value_TGD = (states[0].transpose(0, 1) for states in (query, key, value))
     ends_only = getattr(module, MARK, False)
-    by_head = cpu.quick(query)
+    if cpu.quick(query):
+        found_THD = attention_cpu.attend(query_THD, key_TGD, value_TGD, packing, scaling, ends_only=ends_only)
+        return found_THD[None], None
     remembered = len(key_TGD) - len(query_THD)
-    own_key_TGD, own_value_TGD = key_TGD[remembered:], value_TGD[remembered:]
+    own_TGD = (key_TGD[remembered:], value_TGD[remembered:])
     prompts = packing.prompts_BP
-    prompt_key_BPGD, prompt_value_BPGD = own_key_TGD[prompts], own_value_TGD[prompts]
-    lengths_B = (prompts != PAD).sum(1).tolist() if by_head else []
+    prompt_BPGD = (own_TGD[0][prompts], own_TGD[1][prompts])
     parts = []
     if prompts.numel() and not ends_only:
-        states = (query_THD[prompts], prompt_key_BPGD, prompt_value_BPGD)
-        parts.append(attention_cpu.prompts(*states, lengths_B, scaling) if by_head else _prompts(*states, scaling))
+        parts.append(_prompts(query_THD[prompts], *prompt_BPGD, scaling))
     if remembered:
-        prompt_key_BPGD, prompt_value_BPGD = key_TGD[None, :remembered], value_TGD[None, :remembered]
-        lengths_B = [remembered]
-    places_BKS = packing.candidates_BKS
-    if places_BKS.numel():
-        asked_BKA = packing.ends_BK[..., None] if ends_only else places_BKS
-        prompt = (prompt_key_BPGD, prompt_value_BPGD)
-        if by_head:
-            own = (own_key_TGD[places_BKS], own_value_TGD[places_BKS])
-            unseen_BKAS = _unseen(places_BKS, asked_BKA)
-            found = attention_cpu.candidates(query_THD[asked_BKA], prompt, own, lengths_B, unseen_BKAS, scaling)
-        else:
-            found = _by_candidates(query_THD, prompt, (own_key_TGD, own_value_TGD), packing, asked_BKA, scaling)
-        parts.append(found.flatten(0, 2))
+        prompt_BPGD = (key_TGD[None, :remembered], value_TGD[None, :remembered])
+    if packing.candidates_BKS.numel():
+        asked_BKA = packing.ends_BK[..., None] if ends_only else packing.candidates_BKS
+        parts.append(_by_candidates(query_THD, prompt_BPGD, own_TGD, packing, asked_BKA, scaling).flatten(0, 2))
     if not ends_only:
         return torch.cat(parts)[packing.slots_T][None], None
     whole_THD = query_THD.new_zeros(*query_THD.shape[:2], value.shape[-1])
     if parts:
         whole_THD = whole_THD.index_copy(0, packing.ends_N, parts[0][packing.ends_BK.flatten() != PAD])
     return whole_THD[None], None
-
-
-def _unseen(places_BKS: torch.Tensor, asked_BKA: torch.Tensor) -> torch.Tensor:
-    """Which tokens of its own candidate a token does not see: [B, K, A, S]."""
-    return (places_BKS == PAD)[:, :, None] | (places_BKS[:, :, None] > asked_BKA[..., None])
 
 
 def _by_candidates(
@@ -129,7 +115,7 @@ def _by_candidates(
             prompt_BPGD,
             (own_TGD[0][places], own_TGD[1][places]),
             prompts == PAD if len(prompts) > 1 else None,  # A row by itself has no padding.
-            _unseen(places, asked)[:, None, None],
+            ((places == PAD)[:, :, None] | (places[:, :, None] > asked[..., None]))[:, None, None],
             scaling,
         )
         for asked, places in zip(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pulse_ray import catalogue
-from pulse_ray.config import CPU_TOKENS, RankerConfig, Variant
+from pulse_ray.config import RankerConfig, Variant
 from pulse_ray.metrics import ranks
 from pulse_ray.ranker import model
 from pulse_ray.ranker.packing import PackedBatch, PromptEncoder, TokenRow, budgeted, pack
@@ -20,8 +20,8 @@ from pulse_ray.schema import Split, histories
 from pulse_ray.training.task import Read
 from pulse_ray.workspace import Artefact, Part
 
-GPU_TOKENS = 8192
-"""In one forward pass of the validation on a GPU."""
+GPU_TOKENS, CPU_TOKENS = 8192, 3072
+"""In one forward pass of the validation."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -233,7 +233,9 @@ def load(folder: Path, config: RankerConfig) -> PackedRanker:
     cuda = torch.cuda.is_available()
     model = base_model(config)
     adapted = PeftModel.from_pretrained(model, str(folder), autocast_adapter_dtype=False)
-    if config.training.precision == "fp32" and not getattr(model, "is_quantized", False):
-        # One product for each projection instead of three. Fewer bits would round the sum, and the logits with it.
+    if not getattr(model, "is_quantized", False):
+        # One product for each projection instead of three. What bfloat16 rounds of the sum is little beside what it
+        # rounds of activations: of SmolLM2-135M with random adapters, logits were 1.01 to 1.1 times as far from
+        # float32's as without.
         adapted.merge_adapter()
     return PackedRanker(_quickened(adapted).to(model.dtype)).to("cuda" if cuda else "cpu").eval()

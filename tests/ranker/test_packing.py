@@ -143,17 +143,50 @@ def test_architectures_rank_as_they_would_with_separate_sequences(
         torch.testing.assert_close(later[0], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_packing_costs_no_precision_in_bf16(ranker: model.PackedRanker, encoder: PromptEncoder) -> None:
+def test_attention_by_head_is_as_exact_as_torchs_under_a_mask(dtype: torch.dtype) -> None:
+    draws = torch.Generator().manual_seed(0)
+    sizes = [(170, [5, 1, 9]), (3, [4]), (0, [2, 2]), (40, [])]
+    batch = pack([TokenRow(prompt=[0] * prompt, candidates=[[0] * own for own in owns]) for prompt, owns in sizes])
+    prompts = [(number, -1) for number, (prompt, _) in enumerate(sizes) for _ in range(prompt)]
+    owns = [(number, k) for number, (_, owns) in enumerate(sizes) for k, own in enumerate(owns) for _ in range(own)]
+    row_T, own_T = torch.tensor(prompts + owns).T
+    seen = (row_T[:, None] == row_T) & ((own_T[None] == -1) | (own_T[:, None] == own_T))
+    seen &= torch.ones_like(seen).tril()
+    # Scores that are far apart, as a trained model's are.
+    query, key, value = ((2 * torch.randn(1, heads, len(row_T), 96, generator=draws)).to(dtype) for heads in (4, 2, 2))
+
+    def lost(found: torch.Tensor) -> float:
+        right = F.scaled_dot_product_attention(
+            query.double(), key.double(), value.double(), attn_mask=seen, enable_gqa=True
+        )
+        return float((found.double() - right).square().mean().sqrt())
+
+    found, _ = attention.attend(torch.nn.Identity(), query, key, value, None, packing=batch, scaling=96**-0.5)
+    assert found.dtype is dtype
+    torchs = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
+    assert lost(found.transpose(1, 2)) < 1.2 * lost(torchs)
+
+
+@torch.no_grad()
+def test_neither_packing_nor_merging_costs_precision_in_bf16(
+    ranker: model.PackedRanker, config: RankerConfig, encoder: PromptEncoder, tmp_path: Path
+) -> None:
     low = copy.deepcopy(ranker).bfloat16()
     exact = copy.deepcopy(low).float()
-    lost = {"packed": torch.zeros(()), "separate": torch.zeros(())}
+    half = config.model_copy(update={"training": TrainingConfig(precision="bf16")})
+    model.save(low, tmp_path, half)
+    merged = model.load(tmp_path, half)
+    lost = {"packed": torch.zeros(()), "merged": torch.zeros(()), "separate": torch.zeros(())}
     for history in range(1, 9):
         tokens = encoder.encode(row(history), ITEMS)
         right = separate(exact, tokens)
         lost["packed"] += ((low(pack([tokens]))[0] - right) ** 2).sum()
+        lost["merged"] += ((merged(pack([tokens]))[0] - right) ** 2).sum()
         lost["separate"] += ((separate(low, tokens) - right) ** 2).sum()
     assert 0 < lost["packed"] < 1.5 * lost["separate"]
+    assert 0 < lost["merged"] < 1.5 * lost["separate"]
 
 
 @pytest.mark.parametrize(
