@@ -86,8 +86,7 @@ def faults():
     thread.start()
     thread.join()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
+print(min(faults() for _ in range(4)))  # Until all has been taken that is needed.
 """
 
 
