@@ -7,9 +7,9 @@ Prompts have 400 tokens and candidates 24, all of them random. The peers are a s
 framework, in batches of the size that is fastest here, in scoring and in training, and in scoring with passes beside
 each other, as packed rows have them, where that is faster; `vllm.LLM.classify` on the merged model, compiled, with its
 prefix cache, and with the tokens in a step that are fastest here; and packed rows, one in a pass, under a dense mask
-that Python builds row by row. A training step is forward and backward through LoRA on every
-layer, for one user of 10 candidates. Every system has fresh users in every turn, and the systems take turns: vLLM has
-processes of its own, which wait while others work. All must give the same logits for a user.
+that Python builds row by row. A training step is forward and backward through LoRA on every layer, for one user of 10
+candidates. Every system has fresh users in every turn, and the systems take turns: vLLM has processes of its own, which
+wait while others work. All must give the same logits for a user.
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ class Scorer:
 
         Args:
             rows: any histories with any number of candidates.
-            token_budget: tokens in all forward passes that are under way at once: one, but on a CPU, where some of few
-                tokens go on beside each other. Of a row that is longer, the prompt is read once and remembered, and
-                the candidates follow in chunks; only a prompt or a candidate by itself is never cut.
+            token_budget: tokens in all forward passes that are under way at once: one on a GPU, several smaller ones on
+                a CPU. Of a row that is longer, the prompt is read once and remembered, and the candidates follow in
+                chunks; only a prompt or a candidate by itself is never cut.
         """
         return self.score_tokens([self.encode(row) for row in rows], token_budget)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,8 +34,7 @@ def row(candidates: int, steps: int = 4, user: str = "u") -> RankRow:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankerConfig]:
-    """An adapter's folder and settings."""
+def scorer(tmp_path_factory: pytest.TempPathFactory) -> Scorer:
     folder = tmp_path_factory.mktemp("ranker")
     config = RankerConfig(
         model=str(tiny.make(folder / "base")), lora=LoraConfig(r=4), training=TrainingConfig(precision="fp32")
@@ -47,12 +45,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankerConfi
         if "lora_B" in name or "score" in name:  # zero at the start, or too small for the logits to differ
             torch.nn.init.normal_(parameter, std=0.5)
     model.save(made, folder / "adapter", config)
-    return folder / "adapter", config
-
-
-@pytest.fixture(scope="module")
-def scorer(trained: tuple[Path, RankerConfig]) -> Scorer:
-    return Scorer(*trained, {"d": ITEMS})
+    return Scorer(folder / "adapter", config, {"d": ITEMS})
 
 
 @pytest.mark.parametrize("candidates", [3, 40, 300])
