@@ -64,16 +64,6 @@ def quicken(module: nn.Module) -> None:
             one.__class__ = Dropout
 
 
-def quick(x: torch.Tensor) -> bool:
-    """Whether `product` is for tensors like this one: on a CPU, and nothing is trained."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and _has_onednn()
-
-
-def product(x_MD: torch.Tensor, y_ND: torch.Tensor) -> torch.Tensor:
-    """x · yᵀ in float32: [M, N]. `y_ND` must be contiguous, or oneDNN takes its slowest path."""
-    return _product(x_MD, y_ND) if x_MD.numel() and y_ND.numel() else x_MD @ y_ND.t()
-
-
 def keep_memory() -> None:
     """Lets this process keep the memory that large tensors leave for those that follow, where its C library is glibc.
 

@@ -120,12 +120,14 @@ def _python() -> Finding:
 
 
 def _compiler() -> Finding:
-    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
     return Finding(
-        subject="C compiler",
+        subject="C++ compiler",
         verdict="ok" if found else "warning",
         found=found or "none",
-        remedy="" if found else "Install gcc and Python's headers; vLLM compiles small pieces when it starts",
+        remedy=""
+        if found
+        else "Install g++ and Python's headers; vLLM and the ranker compile small pieces at the start",
     )
 
 

@@ -17,7 +17,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from pulse_ray import cpu
 from pulse_ray.errors import ArtifactError
 from pulse_ray.ranker import attention_cpu
 from pulse_ray.ranker.last_layer import MARK
@@ -74,7 +73,7 @@ def attend(
         )
     query_THD, key_TGD, value_TGD = (states[0].transpose(0, 1) for states in (query, key, value))
     ends_only = getattr(module, MARK, False)
-    if cpu.quick(query):
+    if attention_cpu.serves(query, value):
         found_THD = attention_cpu.attend(query_THD, key_TGD, value_TGD, packing, scaling, ends_only=ends_only)
         return found_THD[None], None
     remembered = len(key_TGD) - len(query_THD)

@@ -1,22 +1,88 @@
-"""`attention` on a CPU without gradients: for each row and key head by itself.
+"""`attention` on a CPU without gradients, by `attention_cpu.cpp`: compiled once per machine, for the processor it has.
 
-Products go by oneDNN (`pulse_ray.cpu`) and in float32, as they do inside of torch's own attention. Scores stay in the
-cache from one product to the next, and prompts are neither padded nor gathered. Shape suffixes are those of
-`attention`; M queries of all query heads of a key head.
+torch's own attention on a CPU multiplies by MKL, in AVX2 on processors that are not Intel's, and knows no queries with
+keys of two kinds. Shape suffixes are those of `attention`.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import logging
+import os
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
 import torch
 
-from pulse_ray import cpu
-from pulse_ray.ranker.packing import PAD, PackedBatch
+from pulse_ray.models import cache_folder
+from pulse_ray.ranker.packing import PackedBatch
 
-PRODUCTS = 2**19
-"""Of queries and keys that are held at once: what the cache holds."""
+SOURCE = Path(__file__).with_suffix(".cpp")
 
-BLOCK = 160
-"""Queries of a prompt that look at the same keys; of the last ones of those each query sees but some."""
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+
+LANES = 16
+"""A head's dimensions are a multiple of this."""
+
+log = logging.getLogger(__name__)
+
+
+class _Packed(ctypes.Structure):
+    """`Packed` of the source."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "found", "prompts", "candidates", "ends")),
+        *((f"{of}_{stride}", ctypes.c_int64) for of in ("query", "key", "value") for stride in ("token", "head")),
+        *((name, ctypes.c_int64) for name in ("heads", "key_heads", "size", "remembered")),
+        *((name, ctypes.c_int64) for name in ("rows", "prompt_tokens", "most_candidates", "candidate_tokens")),
+        *((name, ctypes.c_int64) for name in ("ends_only", "threads")),
+        ("scaling", ctypes.c_float),
+    )
+
+
+@cache
+def library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | None:
+    """The compiled source; None, with a warning, where there is no compiler for it (`CXX`, else `c++`).
+
+    It is kept in the cache folder, under a name that tells source, compiler and processor apart, as machines may share
+    that folder.
+    """
+    command = [*shlex.split(os.environ.get("CXX", "c++")), *flags]
+    try:
+        machine = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
+        told = hashlib.sha256("\n".join([SOURCE.read_text(), machine, *command]).encode()).hexdigest()
+        built = cache_folder() / "compiled" / f"{SOURCE.stem}-{told[:16]}.so"
+        if not built.is_file():
+            built.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+                # Others may be at it too, or end half-way; each puts a whole file in place.
+                _run([*command, str(SOURCE), "-o", f"{folder}/{built.name}"])
+                Path(folder, built.name).replace(built)
+        return ctypes.CDLL(str(built))
+    except (OSError, subprocess.CalledProcessError) as error:
+        cause = getattr(error, "stderr", None) or error
+        log.warning("no compiled attention, so the ranker scores more slowly (%s): %s", shlex.join(command), cause)
+        return None
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def serves(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `attend` is for tensors like these: on a CPU, nothing is trained, and a compiler was there."""
+    return (
+        query.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and query.shape[-1] == value.shape[-1]
+        and query.shape[-1] % LANES == 0
+        and library() is not None
+    )
 
 
 def attend(
@@ -28,107 +94,37 @@ def attend(
     *,
     ends_only: bool,
 ) -> torch.Tensor:
-    """Attention of packed rows: [T, H, D].
+    """Attention of packed rows that this `serves`: [T, H, D]. It takes as many threads as torch would.
 
     Args:
         key_TGD: with a prompt that is remembered from before, its keys stand first.
         value_TGD: as `key_TGD`.
         ends_only: others than the last tokens of candidates get zeros.
     """
-    dtype = query_THD.dtype
-    query_THD, key_TGD, value_TGD = query_THD.float(), key_TGD.float(), value_TGD.float()
-    remembered = len(key_TGD) - len(query_THD)
-    prompt_key_PGD, prompt_value_PGD = key_TGD[:remembered], value_TGD[:remembered]
-    own_key_TGD, own_value_TGD = key_TGD[remembered:], value_TGD[remembered:]
-    found_THD = query_THD.new_empty(*query_THD.shape[:2], value_TGD.shape[-1])
-    if ends_only:
-        found_THD.zero_()
-    start = 0
-    for row, length in enumerate((packing.prompts_BP != PAD).sum(1).tolist()):
-        if not remembered:
-            place = slice(start, start + length)
-            prompt_key_PGD, prompt_value_PGD = own_key_TGD[place], own_value_TGD[place]
-            if not ends_only:
-                _prompt(query_THD[place], prompt_key_PGD, prompt_value_PGD, scaling, found_THD[place])
-            start += length
-        places_KS = packing.candidates_BKS[row]
-        places_KS = places_KS[places_KS[:, :1].flatten() != PAD] if places_KS.numel() else places_KS
-        if not places_KS.numel():
-            continue
-        asked_KA = packing.ends_BK[row, : len(places_KS), None] if ends_only else places_KS
-        unseen_KAS = (places_KS == PAD)[:, None] | (places_KS[:, None] > asked_KA[..., None])
-        found_NHD = _candidates(
-            query_THD[asked_KA],
-            prompt_key_PGD,
-            prompt_value_PGD,
-            own_key_TGD[places_KS],
-            own_value_TGD[places_KS],
-            unseen_KAS,
-            scaling,
-        ).flatten(0, 1)
-        asked_N = asked_KA.flatten()
-        there = asked_N != PAD
-        if there.all():
-            found_THD.index_copy_(0, asked_N, found_NHD)
-        else:
-            found_THD.index_copy_(0, asked_N[there], found_NHD[there])
-    return found_THD.to(dtype)
-
-
-def _prompt(
-    query_PHD: torch.Tensor, key_PGD: torch.Tensor, value_PGD: torch.Tensor, scaling: float, found_PHD: torch.Tensor
-) -> None:
-    """Causal attention of a prompt, written to `found_PHD`."""
-    length, heads, size = key_PGD.shape
-    shared = query_PHD.shape[1] // heads
-    query_GQPD = query_PHD.view(length, heads, shared, size).permute(1, 2, 0, 3)
-    found_GQPD = found_PHD.view(length, heads, shared, found_PHD.shape[-1]).permute(1, 2, 0, 3)
-    later = query_PHD.new_full((BLOCK, BLOCK), -torch.inf).triu(1)
-    for head in range(heads):
-        key_PD, value_DP = key_PGD[:, head] * scaling, value_PGD[:, head].t()
-        for start in range(0, length, BLOCK):
-            end = min(length, start + BLOCK)
-            block = end - start
-            query_QbD = query_GQPD[head, :, start:end]
-            scores = cpu.product(query_QbD.reshape(-1, size), key_PD[:end]).view(-1, block, end)
-            scores[..., start:] += later[:block, :block]
-            found = cpu.product(scores.softmax(-1).view(-1, end), value_DP[:, :end].contiguous())
-            found_GQPD[head, :, start:end] = found.view(-1, block, found.shape[-1])
-
-
-def _candidates(
-    query_KAHD: torch.Tensor,
-    prompt_key_PGD: torch.Tensor,
-    prompt_value_PGD: torch.Tensor,
-    own_key_KSGD: torch.Tensor,
-    own_value_KSGD: torch.Tensor,
-    unseen_KAS: torch.Tensor,
-    scaling: float,
-) -> torch.Tensor:
-    """Attention of a row's candidates to keys and values of their prompt and their own: [K, A, H, D].
-
-    Args:
-        unseen_KAS: of a candidate's own tokens those that one of them does not see.
-    """
-    count, asked, _, size = query_KAHD.shape
-    length, heads, _ = prompt_key_PGD.shape
-    shared, own = query_KAHD.shape[2] // heads, unseen_KAS.shape[-1]
-    # Heads that share keys stand beside each other, so that a candidate's queries are one matrix.
-    query_GKQAD = query_KAHD.view(count, asked, heads, shared, size).permute(2, 0, 3, 1, 4)
-    own_key_KSGD = own_key_KSGD * scaling
-    found_GKQAD = query_GKQAD.new_empty(*query_GKQAD.shape[:-1], own_value_KSGD.shape[-1])
-    hidden_K1AS = query_GKQAD.new_zeros(unseen_KAS.shape).masked_fill_(unseen_KAS, -torch.inf)[:, None]
-    step = max(1, PRODUCTS // (shared * asked * (length + own)))
-    for head in range(heads):
-        key_PD, value_DP = prompt_key_PGD[:, head] * scaling, prompt_value_PGD[:, head].t().contiguous()
-        for start in range(0, count, step):
-            some = slice(start, start + step)
-            query_KMD = query_GKQAD[head, some].flatten(1, 2)
-            to_own = query_KMD @ own_key_KSGD[some, :, head].transpose(1, 2)
-            to_own = to_own.view(-1, shared, asked, own).add_(hidden_K1AS[some])
-            to_prompt = cpu.product(query_KMD.flatten(0, 1), key_PD)
-            weights = torch.cat([to_prompt, to_own.flatten(0, 2)], dim=-1).softmax(-1)
-            found_KMD = weights[:, length:].view(*query_KMD.shape[:2], own) @ own_value_KSGD[some, :, head]
-            found_KMD += cpu.product(weights[:, :length], value_DP).view(found_KMD.shape)
-            found_GKQAD[head, some] = found_KMD.view(-1, shared, asked, found_KMD.shape[-1])
-    return found_GKQAD.permute(1, 3, 0, 2, 4).flatten(2, 3)
+    compiled = library()
+    assert compiled is not None
+    states = {
+        name: one if one.stride(-1) == 1 else one.contiguous()
+        for name, one in (("query", query_THD), ("key", key_TGD), ("value", value_TGD))
+    }
+    found_THD = (torch.zeros if ends_only else torch.empty)(query_THD.shape, dtype=query_THD.dtype)
+    places = {"prompts": packing.prompts_BP, "candidates": packing.candidates_BKS, "ends": packing.ends_BK}
+    packed = _Packed(
+        **{name: one.data_ptr() for name, one in (states | places | {"found": found_THD}).items()},
+        **{f"{name}_token": one.stride(0) for name, one in states.items()},
+        **{f"{name}_head": one.stride(1) for name, one in states.items()},
+        heads=query_THD.shape[1],
+        key_heads=key_TGD.shape[1],
+        size=query_THD.shape[2],
+        remembered=len(key_TGD) - len(query_THD),
+        rows=packing.prompts_BP.shape[0],
+        prompt_tokens=packing.prompts_BP.shape[1],
+        most_candidates=packing.candidates_BKS.shape[1],
+        candidate_tokens=packing.candidates_BKS.shape[2],
+        ends_only=ends_only,
+        threads=torch.get_num_threads(),
+        scaling=scaling,
+    )
+    work = compiled.attend_bfloat16 if query_THD.dtype is torch.bfloat16 else compiled.attend_float32
+    work(ctypes.byref(packed))
+    return found_THD

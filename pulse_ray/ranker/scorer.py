@@ -12,7 +12,7 @@ import torch
 from pulse_ray import cpu
 from pulse_ray.catalogue import Catalogue
 from pulse_ray.config import RankerConfig
-from pulse_ray.ranker import model
+from pulse_ray.ranker import attention_cpu, model
 from pulse_ray.ranker.packing import PackedBatch, PromptEncoder, TokenRow, budgeted, chunks, pack
 from pulse_ray.ranker.prompts import RankRow
 
@@ -44,6 +44,7 @@ class Scorer:
         self.shifting = any(shifting in kind for kind in kinds for shifting in SHIFTING)
         if self.device.type == "cpu":
             cpu.keep_memory()
+            attention_cpu.library()  # Compiles here, and not in the first passes all at once.
 
     def score(self, rows: Sequence[RankRow], token_budget: int) -> list[np.ndarray]:
         """Logits of each row's candidates: [K] float32 each, in the rows' order.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import platform
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,17 +96,16 @@ def separate(ranker: model.PackedRanker, tokens: TokenRow) -> torch.Tensor:
         return one_by_one(ranker, tokens)
 
 
-@pytest.mark.parametrize("pieces", ["large", "small"])
-@pytest.mark.parametrize("by_head", [True, False], ids=["by head", "by candidates"])
+@pytest.mark.parametrize("way", ["compiled", "torch", "torch, by candidates"])
 @torch.no_grad()
 def test_packed_logits_equal_separate_ones(
-    by_head: bool, pieces: str, ranker: model.PackedRanker, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
+    way: str, ranker: model.PackedRanker, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention.cpu, "quick", lambda _: by_head)
-    if pieces == "small":
+    assert attention_cpu.library() is not None
+    if way != "compiled":
+        monkeypatch.setattr(attention_cpu, "library", lambda: None)
+    if way == "torch, by candidates":
         monkeypatch.setattr(attention, "PRODUCTS", 1)
-        monkeypatch.setattr(attention_cpu, "PRODUCTS", 1)
-        monkeypatch.setattr(attention_cpu, "BLOCK", 7)
     rows = [row(1), row(6, reason=None, candidates=3), row(4)]
     tokens = [encoder.encode(entry, ITEMS) for entry in rows]
     packed = ranker(pack(tokens))
@@ -143,9 +143,19 @@ def test_architectures_rank_as_they_would_with_separate_sequences(
         torch.testing.assert_close(later[0], expected, atol=1e-4, rtol=0)
 
 
+# A processor has the registers of those before it, but for ARM's, which have one kind.
+REGISTERS = ["native", *(["-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [])]
+
+
+@pytest.mark.parametrize("registers", REGISTERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_attention_by_head_is_as_exact_as_torchs_under_a_mask(dtype: torch.dtype) -> None:
+def test_compiled_attention_is_as_exact_as_torchs_under_a_mask(
+    dtype: torch.dtype, registers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = attention_cpu.FLAGS if registers == "native" else (*attention_cpu.FLAGS, registers)
+    compiled = attention_cpu.library(flags)
+    monkeypatch.setattr(attention_cpu, "library", lambda: compiled)
     draws = torch.Generator().manual_seed(0)
     sizes = [(170, [5, 1, 9]), (3, [4]), (0, [2, 2]), (40, [])]
     batch = pack([TokenRow(prompt=[0] * prompt, candidates=[[0] * own for own in owns]) for prompt, owns in sizes])
@@ -156,6 +166,7 @@ def test_attention_by_head_is_as_exact_as_torchs_under_a_mask(dtype: torch.dtype
     seen &= torch.ones_like(seen).tril()
     # Scores that are far apart, as a trained model's are.
     query, key, value = ((2 * torch.randn(1, heads, len(row_T), 96, generator=draws)).to(dtype) for heads in (4, 2, 2))
+    asked: dict[str, Any] = {"attention_mask": None, "packing": batch, "scaling": 96**-0.5}
 
     def lost(found: torch.Tensor) -> float:
         right = F.scaled_dot_product_attention(
@@ -163,10 +174,29 @@ def test_attention_by_head_is_as_exact_as_torchs_under_a_mask(dtype: torch.dtype
         )
         return float((found.double() - right).square().mean().sqrt())
 
-    found, _ = attention.attend(torch.nn.Identity(), query, key, value, None, packing=batch, scaling=96**-0.5)
+    assert compiled is not None and attention_cpu.serves(query, value)
+    found, _ = attention.attend(torch.nn.Identity(), query, key, value, **asked)
     assert found.dtype is dtype
     torchs = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
     assert lost(found.transpose(1, 2)) < 1.2 * lost(torchs)
+
+    with monkeypatch.context() as many:
+        many.setattr(torch, "get_num_threads", lambda: 3)
+        assert torch.equal(attention.attend(torch.nn.Identity(), query, key, value, **asked)[0], found)
+
+    broken = query.clone()
+    broken[0, 1, 100, 7] = math.nan
+    found_then = attention.attend(torch.nn.Identity(), broken, key, value, **asked)[0]
+    differ = (found_then != found).any(-1)
+    assert differ.nonzero().tolist() == [[0, 100, 1]] and found_then[0, 100, 1].isnan().all()
+
+
+def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -v")
+    flags = (*attention_cpu.FLAGS, "-DASKED_ANEW")
+    assert attention_cpu.library(flags) is None and attention_cpu.library(flags) is None
+    (warning,) = caplog.messages
+    assert "no compiled attention, so the ranker scores more slowly (no-such-compiler -v" in warning
 
 
 @torch.no_grad()
