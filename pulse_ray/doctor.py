@@ -120,14 +120,12 @@ def _python() -> Finding:
 
 
 def _compiler() -> Finding:
-    found = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), None)
+    found = shutil.which((os.environ.get("CXX", "").split() or ["c++"])[0])
     return Finding(
         subject="C++ compiler",
         verdict="ok" if found else "warning",
         found=found or "none",
-        remedy=""
-        if found
-        else "Install g++ and Python's headers; vLLM and the ranker compile small pieces at the start",
+        remedy="" if found else "Install g++ and Python's headers; vLLM and the ranker compile pieces at the start",
     )
 
 

@@ -73,7 +73,7 @@ def attend(
         )
     query_THD, key_TGD, value_TGD = (states[0].transpose(0, 1) for states in (query, key, value))
     ends_only = getattr(module, MARK, False)
-    if attention_cpu.serves(query, value):
+    if attention_cpu.serves(query, key, value):
         found_THD = attention_cpu.attend(query_THD, key_TGD, value_TGD, packing, scaling, ends_only=ends_only)
         return found_THD[None], None
     remembered = len(key_TGD) - len(query_THD)

@@ -1,8 +1,9 @@
-// Attention of packed rows on a CPU, without gradients. Scores never leave the cache, and nothing is padded or gathered.
+// Attention of packed rows on a CPU, without gradients. Scores do not leave the cache, and rows are neither padded nor
+// gathered.
 //
 // For each row and key head, the prompt's keys and values are laid out for products once. The queries of all heads that
 // share them follow in blocks of ROWS: a block's scores, their softmax and the sum of values are done before the next.
-// Scores and sums are float32. Products of bfloat16 are those that the processor has for it, and float32 if it has none.
+// Scores and sums are float32. Bfloat16 is multiplied as such by processors with AVX512-BF16, and as float32 by others.
 // Products keep sums in registers and read panels that lie in their order (Goto and van de Geijn, 2008).
 
 #include <algorithm>
@@ -64,15 +65,15 @@ inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <class T>
 struct Products {
     typedef float Element;
-    static constexpr int PAIR = 1;
 };
 #if defined(__AVX512BF16__)
 template <>
 struct Products<Bfloat16> {
     typedef Bfloat16 Element;
-    static constexpr int PAIR = 2;
 };
 #endif
+template <class E>
+constexpr int PAIR = sizeof(float) / sizeof(E);  // Neighbours in depth that lie together in a panel.
 
 template <class From>
 inline void convert(From from, float& to) { to = to_float(from); }
@@ -89,13 +90,13 @@ inline void multiply(const Bfloat16* a, const Bfloat16* b, Floats& sum) {
 
 // c[ROWS, COUNT strips] (+)= a[ROWS, depth] · panel[depth, COUNT strips]; a strip is [depth of the panel, LANES], and of
 // bfloat16 [depth / 2, LANES, 2].
-template <int COUNT, int PAIR, class E>
+template <int COUNT, class E>
 inline void strips(const E* a, int64_t a_stride, const E* panel, int64_t strip, int64_t depth, float* c, int64_t c_stride,
                    bool add) {
     Floats sums[ROWS][COUNT];
     for (int row = 0; row < ROWS; row++)
         for (int s = 0; s < COUNT; s++) sums[row][s] = add ? load(c + row * c_stride + s * LANES) : Floats{};
-    for (int64_t k = 0; k < depth; k += PAIR)
+    for (int64_t k = 0; k < depth; k += PAIR<E>)
         for (int row = 0; row < ROWS; row++)
             for (int s = 0; s < COUNT; s++)
                 multiply(a + row * a_stride + k, panel + s * strip + k * LANES, sums[row][s]);
@@ -103,34 +104,34 @@ inline void strips(const E* a, int64_t a_stride, const E* panel, int64_t strip, 
         for (int s = 0; s < COUNT; s++) store(c + row * c_stride + s * LANES, sums[row][s]);
 }
 
-template <int PAIR, class E>
+template <class E>
 void product(const E* a, int64_t a_stride, const E* panel, int64_t panel_depth, int64_t depth, int64_t columns, float* c,
              int64_t c_stride, bool add) {
     const int64_t strip = panel_depth * LANES;
     int64_t column = 0;
     for (; column + STRIPS * LANES <= columns; column += STRIPS * LANES)
-        strips<STRIPS, PAIR>(a, a_stride, panel + column * panel_depth, strip, depth, c + column, c_stride, add);
+        strips<STRIPS>(a, a_stride, panel + column * panel_depth, strip, depth, c + column, c_stride, add);
     for (; column < columns; column += LANES)
-        strips<1, PAIR>(a, a_stride, panel + column * panel_depth, strip, depth, c + column, c_stride, add);
+        strips<1>(a, a_stride, panel + column * panel_depth, strip, depth, c + column, c_stride, add);
 }
 
 // Keys as strips of keys, values as strips of dimensions. What a last strip or pair lacks is zero.
-template <int PAIR, class T, class E>
+template <class T, class E>
 void lay_keys(const T* keys, int64_t stride, int64_t length, int64_t size, E* panel) {
     for (int64_t first = 0; first < length; first += LANES)
-        for (int64_t d = 0; d < size; d += PAIR, panel += LANES * PAIR)
+        for (int64_t d = 0; d < size; d += PAIR<E>, panel += LANES * PAIR<E>)
             for (int lane = 0; lane < LANES; lane++)
-                for (int p = 0; p < PAIR; p++)
-                    convert(first + lane < length ? keys[(first + lane) * stride + d + p] : T{}, panel[lane * PAIR + p]);
+                for (int p = 0; p < PAIR<E>; p++)
+                    convert(first + lane < length ? keys[(first + lane) * stride + d + p] : T{}, panel[lane * PAIR<E> + p]);
 }
 
-template <int PAIR, class T, class E>
+template <class T, class E>
 void lay_values(const T* values, int64_t stride, int64_t length, int64_t size, E* panel) {
     for (int64_t first = 0; first < size; first += LANES)
-        for (int64_t key = 0; key < length; key += PAIR, panel += LANES * PAIR)
-            for (int p = 0; p < PAIR; p++)
+        for (int64_t key = 0; key < length; key += PAIR<E>, panel += LANES * PAIR<E>)
+            for (int p = 0; p < PAIR<E>; p++)
                 for (int lane = 0; lane < LANES; lane++)
-                    convert(key + p < length ? values[(key + p) * stride + first + lane] : T{}, panel[lane * PAIR + p]);
+                    convert(key + p < length ? values[(key + p) * stride + first + lane] : T{}, panel[lane * PAIR<E> + p]);
 }
 
 // 2^x for x <= 0, 0 below 2^-126. A whole number by the exponent's bits, the rest by Taylor's series (error 2e-7).
@@ -224,7 +225,6 @@ namespace {
 template <class T>
 class Attention {
     typedef typename Products<T>::Element E;
-    static constexpr int PAIR = Products<T>::PAIR;
 
     struct Panel {  // Keys and values of a prompt or of a candidate, of one key head.
         int64_t length;
@@ -232,7 +232,7 @@ class Attention {
 
         static int64_t keys_room(int64_t length, int64_t size) { return up(length, LANES) * size; }
         static int64_t room(int64_t length, int64_t size) {
-            return keys_room(length, size) + up(up(length, PAIR) * size, LANES);
+            return keys_room(length, size) + up(length, PAIR<E>) * size;
         }
         Panel(int64_t length, int64_t size, E* room) : length(length), keys(room), values(room + keys_room(length, size)) {}
     };
@@ -296,9 +296,9 @@ class Attention {
 
     // The keys and values that begin at a place among all of them.
     void lay(const Panel& panel, int64_t place, int64_t head) const {
-        lay_keys<PAIR>(static_cast<const T*>(in.key) + place * in.key_token + head * in.key_head, in.key_token,
+        lay_keys(static_cast<const T*>(in.key) + place * in.key_token + head * in.key_head, in.key_token,
                        panel.length, size, panel.keys);
-        lay_values<PAIR>(static_cast<const T*>(in.value) + place * in.value_token + head * in.value_head,
+        lay_values(static_cast<const T*>(in.value) + place * in.value_token + head * in.value_head,
                          in.value_token, panel.length, size, panel.values);
     }
 
@@ -330,7 +330,7 @@ class Attention {
             int64_t column = 0;
             for (const Part& part : parts) {
                 const int64_t wide = up(part.seen(latest), LANES);
-                product<PAIR>(query, size, part.panel.keys, size, size, wide, scores + column, width, false);
+                product(query, size, part.panel.keys, size, size, wide, scores + column, width, false);
                 for (int row = 0; row < ROWS; row++) {
                     float* line = scores + row * width + column;
                     std::fill(line + part.seen(token[row] - piece.first), line + wide,
@@ -345,7 +345,7 @@ class Attention {
             column = 0;
             for (const Part& part : parts) {
                 const int64_t seen = part.seen(latest);
-                product<PAIR>(weights + column, width, part.panel.values, up(part.panel.length, PAIR), up(seen, PAIR),
+                product(weights + column, width, part.panel.values, up(part.panel.length, PAIR<E>), up(seen, PAIR<E>),
                               size, found, size, column > 0);
                 column += up(seen, LANES);
             }
@@ -374,5 +374,6 @@ public:
 
 }  // namespace
 
+// What cannot be allocated ends the process: an exception leaves neither a parallel region nor C.
 extern "C" void attend_float32(const Packed* packed) { Attention<float>(*packed).run(); }
 extern "C" void attend_bfloat16(const Packed* packed) { Attention<Bfloat16>(*packed).run(); }

@@ -1,4 +1,4 @@
-"""`attention` on a CPU without gradients, by `attention_cpu.cpp`: compiled once per machine, for the processor it has.
+"""`attention` on a CPU without gradients, by `attention_cpu.cpp`, which is compiled for the processor at hand.
 
 torch's own attention on a CPU multiplies by MKL, in AVX2 on processors that are not Intel's, and knows no queries with
 keys of two kinds. Shape suffixes are those of `attention`.
@@ -7,7 +7,6 @@ keys of two kinds. Shape suffixes are those of `attention`.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
 import shlex
@@ -18,15 +17,14 @@ from pathlib import Path
 
 import torch
 
-from pulse_ray.models import cache_folder
 from pulse_ray.ranker.packing import PackedBatch
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 
-LANES = 16
-"""A head's dimensions are a multiple of this."""
+SIZES = 16
+"""Dimensions of a head are a multiple of this."""
 
 log = logging.getLogger(__name__)
 
@@ -46,41 +44,32 @@ class _Packed(ctypes.Structure):
 
 @cache
 def library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | None:
-    """The compiled source; None, with a warning, where there is no compiler for it (`CXX`, else `c++`).
+    """The source, compiled by `CXX`, else `c++`; None, with a warning, where that cannot be done.
 
-    It is kept in the cache folder, under a name that tells source, compiler and processor apart, as machines may share
-    that folder.
+    It takes some seconds, once in a process: what is kept in a folder could be another processor's, or another user's.
     """
-    command = [*shlex.split(os.environ.get("CXX", "c++")), *flags]
+    compiler = os.environ.get("CXX", "")
     try:
-        machine = _run([*command, "-dM", "-E", "-x", "c++", os.devnull])
-        told = hashlib.sha256("\n".join([SOURCE.read_text(), machine, *command]).encode()).hexdigest()
-        built = cache_folder() / "compiled" / f"{SOURCE.stem}-{told[:16]}.so"
-        if not built.is_file():
-            built.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-                # Others may be at it too, or end half-way; each puts a whole file in place.
-                _run([*command, str(SOURCE), "-o", f"{folder}/{built.name}"])
-                Path(folder, built.name).replace(built)
-        return ctypes.CDLL(str(built))
-    except (OSError, subprocess.CalledProcessError) as error:
+        with tempfile.TemporaryDirectory(prefix="pulse_ray-") as folder:
+            built = f"{folder}/attention.so"
+            command = [*(shlex.split(compiler) or ["c++"]), *flags, str(SOURCE), "-o", built]
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+            return ctypes.CDLL(built)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         cause = getattr(error, "stderr", None) or error
-        log.warning("no compiled attention, so the ranker scores more slowly (%s): %s", shlex.join(command), cause)
+        log.warning("the ranker scores more slowly: '%s' did not compile its attention: %s", compiler or "c++", cause)
         return None
 
 
-def _run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def serves(query: torch.Tensor, value: torch.Tensor) -> bool:
+def serves(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `attend` is for tensors like these: on a CPU, nothing is trained, and a compiler was there."""
     return (
         query.device.type == "cpu"
         and not torch.is_grad_enabled()
         and query.dtype in (torch.float32, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1]
-        and query.shape[-1] % LANES == 0
+        and query.shape[-1] % SIZES == 0
         and library() is not None
     )
 
@@ -102,7 +91,8 @@ def attend(
         ends_only: others than the last tokens of candidates get zeros.
     """
     compiled = library()
-    assert compiled is not None
+    remembered = len(key_TGD) - len(query_THD)
+    assert compiled is not None and not (remembered and packing.prompts_BP.numel())
     states = {
         name: one if one.stride(-1) == 1 else one.contiguous()
         for name, one in (("query", query_THD), ("key", key_TGD), ("value", value_TGD))
@@ -116,7 +106,7 @@ def attend(
         heads=query_THD.shape[1],
         key_heads=key_TGD.shape[1],
         size=query_THD.shape[2],
-        remembered=len(key_TGD) - len(query_THD),
+        remembered=remembered,
         rows=packing.prompts_BP.shape[0],
         prompt_tokens=packing.prompts_BP.shape[1],
         most_candidates=packing.candidates_BKS.shape[1],

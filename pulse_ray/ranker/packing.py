@@ -73,6 +73,7 @@ def pack(rows: Sequence[TokenRow]) -> PackedBatch:
         np.array(sizes, np.int64) for sizes in zip(*((len(r.prompt), len(r.candidates)) for r in rows), strict=True)
     )
     size_N = np.array([len(candidate) for row in rows for candidate in row.candidates], np.int64)
+    assert size_N.all(), "a candidate without tokens has no end"
     row_N = np.repeat(np.arange(len(rows)), counts_B)
     place_N = np.arange(len(size_N)) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
     sizes = np.concatenate([prompt_B, size_N])

@@ -8,6 +8,7 @@ import platform
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from pulse_ray.config import RankerConfig, TrainingConfig
 from pulse_ray.errors import ArtifactError
-from pulse_ray.ranker import attention, attention_cpu, model
-from pulse_ray.ranker.packing import ANSWER_TOKENS, PromptEncoder, TokenRow, budgeted, pack
+from pulse_ray.ranker import attention, attention_cpu, last_layer, model
+from pulse_ray.ranker.packing import ANSWER_TOKENS, PackedBatch, PromptEncoder, TokenRow, budgeted, pack
 from pulse_ray.ranker.prompts import RankRow
 from pulse_ray.ranker.scorer import Scorer
 from pulse_ray.schema import History, Interaction, Item
@@ -101,7 +102,11 @@ def separate(ranker: model.PackedRanker, tokens: TokenRow) -> torch.Tensor:
 def test_packed_logits_equal_separate_ones(
     way: str, ranker: model.PackedRanker, encoder: PromptEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert attention_cpu.library() is not None
+    attended: list[bool] = []
+    compiled = attention_cpu.attend
+    monkeypatch.setattr(
+        attention_cpu, "attend", lambda *given, **more: attended.append(True) or compiled(*given, **more)
+    )
     if way != "compiled":
         monkeypatch.setattr(attention_cpu, "library", lambda: None)
     if way == "torch, by candidates":
@@ -109,6 +114,7 @@ def test_packed_logits_equal_separate_ones(
     rows = [row(1), row(6, reason=None, candidates=3), row(4)]
     tokens = [encoder.encode(entry, ITEMS) for entry in rows]
     packed = ranker(pack(tokens))
+    assert bool(attended) == (way == "compiled")
     assert packed[1, 3:].tolist() == [-math.inf] * 2
     for logits, entry in zip(packed, tokens, strict=True):
         expected = separate(ranker, entry)
@@ -144,59 +150,117 @@ def test_architectures_rank_as_they_would_with_separate_sequences(
 
 
 # A processor has the registers of those before it, but for ARM's, which have one kind.
-REGISTERS = ["native", *(["-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [])]
+@pytest.fixture(params=["", *(["-mno-avx512f", "-mno-avx"] if platform.machine() == "x86_64" else [])])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled attention, for wide registers and for narrow ones."""
+    library = attention_cpu.library((*attention_cpu.FLAGS, *request.param.split()))
+    assert library is not None
+    monkeypatch.setattr(attention_cpu, "library", lambda: library)
 
 
-@pytest.mark.parametrize("registers", REGISTERS)
+SIZES = [(170, [5, 1, 9]), (3, [4]), (0, [2, 2]), (40, [])]
+"""Of rows: tokens of the prompt, and of each candidate."""
+BATCH = pack([TokenRow(prompt=[0] * prompt, candidates=[[0] * own for own in owns]) for prompt, owns in SIZES])
+TOKENS = len(BATCH.slots_T)
+
+
+def states(dtype: torch.dtype, generator: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, keys and values, views of one tensor, whose scores are far apart, as a trained model's are."""
+    drawn = 2 * torch.randn(1, TOKENS, 4 + 2 + 2, 96, generator=torch.Generator().manual_seed(generator))
+    drawn[0, 7, 0] *= 50  # Some are so far apart that weights are zero.
+    query, key, value = drawn.to(dtype).transpose(1, 2).split([4, 2, 2], dim=1)
+    return query, key, value
+
+
+def attended(*given: torch.Tensor, packing: PackedBatch = BATCH, ends_only: bool = False) -> torch.Tensor:
+    """Compiled attention to keys and values: [tokens, heads, dimensions]."""
+    module = torch.nn.Identity()
+    setattr(module, last_layer.MARK, ends_only)
+    assert attention_cpu.serves(*given)
+    return attention.attend(module, *given, None, packing=packing, scaling=96**-0.5)[0][0]
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_compiled_attention_is_as_exact_as_torchs_under_a_mask(
-    dtype: torch.dtype, registers: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = attention_cpu.FLAGS if registers == "native" else (*attention_cpu.FLAGS, registers)
-    compiled = attention_cpu.library(flags)
-    monkeypatch.setattr(attention_cpu, "library", lambda: compiled)
-    draws = torch.Generator().manual_seed(0)
-    sizes = [(170, [5, 1, 9]), (3, [4]), (0, [2, 2]), (40, [])]
-    batch = pack([TokenRow(prompt=[0] * prompt, candidates=[[0] * own for own in owns]) for prompt, owns in sizes])
-    prompts = [(number, -1) for number, (prompt, _) in enumerate(sizes) for _ in range(prompt)]
-    owns = [(number, k) for number, (_, owns) in enumerate(sizes) for k, own in enumerate(owns) for _ in range(own)]
+def test_compiled_attention_is_as_exact_as_torchs_under_a_mask(dtype: torch.dtype) -> None:
+    prompts = [(number, -1) for number, (prompt, _) in enumerate(SIZES) for _ in range(prompt)]
+    owns = [(number, k) for number, (_, owns) in enumerate(SIZES) for k, own in enumerate(owns) for _ in range(own)]
     row_T, own_T = torch.tensor(prompts + owns).T
     seen = (row_T[:, None] == row_T) & ((own_T[None] == -1) | (own_T[:, None] == own_T))
     seen &= torch.ones_like(seen).tril()
-    # Scores that are far apart, as a trained model's are.
-    query, key, value = ((2 * torch.randn(1, heads, len(row_T), 96, generator=draws)).to(dtype) for heads in (4, 2, 2))
-    asked: dict[str, Any] = {"attention_mask": None, "packing": batch, "scaling": 96**-0.5}
+    query, key, value = states(dtype)
+    right = F.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=seen, enable_gqa=True
+    )
 
-    def lost(found: torch.Tensor) -> float:
-        right = F.scaled_dot_product_attention(
-            query.double(), key.double(), value.double(), attn_mask=seen, enable_gqa=True
-        )
-        return float((found.double() - right).square().mean().sqrt())
+    def lost(found_HTD: torch.Tensor) -> float:
+        return float((found_HTD.double() - right[0]).square().mean().sqrt())
 
-    assert compiled is not None and attention_cpu.serves(query, value)
-    found, _ = attention.attend(torch.nn.Identity(), query, key, value, **asked)
+    found = attended(query, key, value)
     assert found.dtype is dtype
     torchs = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True)
-    assert lost(found.transpose(1, 2)) < 1.2 * lost(torchs)
-
-    with monkeypatch.context() as many:
-        many.setattr(torch, "get_num_threads", lambda: 3)
-        assert torch.equal(attention.attend(torch.nn.Identity(), query, key, value, **asked)[0], found)
-
-    broken = query.clone()
-    broken[0, 1, 100, 7] = math.nan
-    found_then = attention.attend(torch.nn.Identity(), broken, key, value, **asked)[0]
-    differ = (found_then != found).any(-1)
-    assert differ.nonzero().tolist() == [[0, 100, 1]] and found_then[0, 100, 1].isnan().all()
+    assert lost(found.transpose(0, 1)) < 1.2 * lost(torchs[0])
 
 
-def test_without_a_compiler_torch_attends(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler -v")
-    flags = (*attention_cpu.FLAGS, "-DASKED_ANEW")
-    assert attention_cpu.library(flags) is None and attention_cpu.library(flags) is None
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_compiled_attention_of_a_part_is_that_part_of_the_whole(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    query, key, value = states(dtype)
+    whole = attended(query, key, value)
+    ends = attended(query, key, value, ends_only=True)
+    assert torch.equal(ends[BATCH.ends_N], whole[BATCH.ends_N])
+    assert ends.count_nonzero(0).max() == len(BATCH.ends_N)
+
+    prompt, owns = SIZES[0]
+    places = torch.arange(sum(one for one, _ in SIZES), TOKENS)[: sum(owns)]
+    row = [one[:, :, torch.cat([torch.arange(prompt), places])] for one in (key, value)]
+    later = pack([TokenRow(prompt=[], candidates=[[0] * own for own in owns])])
+    assert torch.equal(attended(query[:, :, places], *row, packing=later), whole[places])
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(attended(query, key, value), whole)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@torch.no_grad()
+def test_what_is_not_finite_reaches_those_who_see_it_and_nobody_else(bad: float, dtype: torch.dtype) -> None:
+    query, key, value = (one.clone() for one in states(dtype))
+    whole = attended(query, key, value)
+    candidate = BATCH.candidates_BKS[0, 2]  # The longest, so without padding.
+    for spoilt in (key, value):
+        spoilt[:, :, candidate[0]] = bad
+        found = attended(query, key, value)
+        assert not found[candidate].isfinite().any()
+        others = torch.ones(TOKENS, dtype=torch.bool).index_fill(0, candidate, False)
+        assert torch.equal(found[others], whole[others])
+    key, value = states(dtype)[1:]
+    query[0, 1, 100, 7] = bad
+    differ = (attended(query, key, value) != whole).any(-1)
+    assert differ.nonzero().tolist() == [[100, 1]]
+
+
+@pytest.mark.parametrize("compiler", ["no-such-compiler -v", "false", "'"])
+@torch.no_grad()
+def test_without_a_compiler_torch_attends(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = states(torch.float32)
+    right = attended(*given)
+    monkeypatch.setenv("CXX", compiler)
+    library = cache(attention_cpu.library.__wrapped__)
+    monkeypatch.setattr(attention_cpu, "library", library)
+    for _ in range(2):
+        assert not attention_cpu.serves(*given)
+        found, _ = attention.attend(torch.nn.Identity(), *given, None, packing=BATCH, scaling=96**-0.5)
+        torch.testing.assert_close(found[0], right, atol=1e-5, rtol=1e-5)
     (warning,) = caplog.messages
-    assert "no compiled attention, so the ranker scores more slowly (no-such-compiler -v" in warning
+    assert f"the ranker scores more slowly: '{compiler}' did not compile its attention" in warning
 
 
 @torch.no_grad()
