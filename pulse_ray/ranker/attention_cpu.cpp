@@ -76,7 +76,9 @@ template <class E>
 constexpr int PAIR = sizeof(float) / sizeof(E);  // Neighbours in depth that lie together in a panel.
 
 template <class From>
-inline void convert(From from, float& to) { to = to_float(from); }
+inline void convert(From from, float& to) {
+    to = to_float(from);
+}
 inline void convert(Bfloat16 from, Bfloat16& to) { to = from; }
 
 inline void multiply(const float* a, const float* b, Floats& sum) { sum += *a * load(b); }
@@ -88,11 +90,11 @@ inline void multiply(const Bfloat16* a, const Bfloat16* b, Floats& sum) {
 }
 #endif
 
-// c[ROWS, COUNT strips] (+)= a[ROWS, depth] · panel[depth, COUNT strips]; a strip is [depth of the panel, LANES], and of
+// c[ROWS, COUNT strips] (+)= a[ROWS, depth] · panel[depth, COUNT strips]. A strip of a panel is [depth, LANES], and of
 // bfloat16 [depth / 2, LANES, 2].
 template <int COUNT, class E>
-inline void strips(const E* a, int64_t a_stride, const E* panel, int64_t strip, int64_t depth, float* c, int64_t c_stride,
-                   bool add) {
+inline void strips(const E* a, int64_t a_stride, const E* panel, int64_t strip, int64_t depth, float* c,
+                   int64_t c_stride, bool add) {
     Floats sums[ROWS][COUNT];
     for (int row = 0; row < ROWS; row++)
         for (int s = 0; s < COUNT; s++) sums[row][s] = add ? load(c + row * c_stride + s * LANES) : Floats{};
@@ -105,8 +107,8 @@ inline void strips(const E* a, int64_t a_stride, const E* panel, int64_t strip, 
 }
 
 template <class E>
-void product(const E* a, int64_t a_stride, const E* panel, int64_t panel_depth, int64_t depth, int64_t columns, float* c,
-             int64_t c_stride, bool add) {
+void product(const E* a, int64_t a_stride, const E* panel, int64_t panel_depth, int64_t depth, int64_t columns,
+             float* c, int64_t c_stride, bool add) {
     const int64_t strip = panel_depth * LANES;
     int64_t column = 0;
     for (; column + STRIPS * LANES <= columns; column += STRIPS * LANES)
@@ -122,7 +124,8 @@ void lay_keys(const T* keys, int64_t stride, int64_t length, int64_t size, E* pa
         for (int64_t d = 0; d < size; d += PAIR<E>, panel += LANES * PAIR<E>)
             for (int lane = 0; lane < LANES; lane++)
                 for (int p = 0; p < PAIR<E>; p++)
-                    convert(first + lane < length ? keys[(first + lane) * stride + d + p] : T{}, panel[lane * PAIR<E> + p]);
+                    convert(first + lane < length ? keys[(first + lane) * stride + d + p] : T{},
+                            panel[lane * PAIR<E> + p]);
 }
 
 template <class T, class E>
@@ -131,7 +134,8 @@ void lay_values(const T* values, int64_t stride, int64_t length, int64_t size, E
         for (int64_t key = 0; key < length; key += PAIR<E>, panel += LANES * PAIR<E>)
             for (int p = 0; p < PAIR<E>; p++)
                 for (int lane = 0; lane < LANES; lane++)
-                    convert(key + p < length ? values[(key + p) * stride + first + lane] : T{}, panel[lane * PAIR<E> + p]);
+                    convert(key + p < length ? values[(key + p) * stride + first + lane] : T{},
+                            panel[lane * PAIR<E> + p]);
 }
 
 // 2^x for x <= 0, 0 below 2^-126. A whole number by the exponent's bits, the rest by Taylor's series (error 2e-7).
@@ -159,7 +163,7 @@ inline void put_weights(Floats x, Bfloat16* to) {
 }
 #endif
 
-// exp(scaling · (scores - largest)) of each row to `weights`, and the sums of those. Scores beyond what a row sees count not.
+// exp(scaling · (scores - largest)) of each row to `weights`, and the sums of those. Scores of -inf count nothing.
 template <class E>
 void soften(const float* scores, int64_t width, float scaling, E* weights, float* sums) {
     const float factor = scaling * 1.44269504f;
@@ -234,10 +238,11 @@ class Attention {
         static int64_t room(int64_t length, int64_t size) {
             return keys_room(length, size) + up(length, PAIR<E>) * size;
         }
-        Panel(int64_t length, int64_t size, E* room) : length(length), keys(room), values(room + keys_room(length, size)) {}
+        Panel(int64_t length, int64_t size, E* room)
+            : length(length), keys(room), values(room + keys_room(length, size)) {}
     };
 
-    struct Piece {  // Queries that are one piece of work: of some tokens of a prompt, or of a candidate, for one key head.
+    struct Piece {  // Queries that are done together: of some tokens of a prompt, or of a candidate, for one key head.
         int64_t row, head;
         int64_t first;       // Place of the first token of that prompt or candidate.
         int64_t begin, end;  // Places of the tokens that ask.
@@ -296,10 +301,10 @@ class Attention {
 
     // The keys and values that begin at a place among all of them.
     void lay(const Panel& panel, int64_t place, int64_t head) const {
-        lay_keys(static_cast<const T*>(in.key) + place * in.key_token + head * in.key_head, in.key_token,
-                       panel.length, size, panel.keys);
-        lay_values(static_cast<const T*>(in.value) + place * in.value_token + head * in.value_head,
-                         in.value_token, panel.length, size, panel.values);
+        lay_keys(static_cast<const T*>(in.key) + place * in.key_token + head * in.key_head, in.key_token, panel.length,
+                 size, panel.keys);
+        lay_values(static_cast<const T*>(in.value) + place * in.value_token + head * in.value_head, in.value_token,
+                   panel.length, size, panel.values);
     }
 
     void attend(const Piece& piece, Scratch& scratch) const {
@@ -320,7 +325,8 @@ class Attention {
                 const int64_t one = std::min(block + row, asked - 1);
                 token[row] = piece.begin + one / shared;
                 head[row] = piece.head * shared + one % shared;
-                const T* from = static_cast<const T*>(in.query) + token[row] * in.query_token + head[row] * in.query_head;
+                const T* from =
+                    static_cast<const T*>(in.query) + token[row] * in.query_token + head[row] * in.query_head;
                 for (int64_t d = 0; d < size; d++) convert(from[d], query[row * size + d]);
             }
             const int64_t latest = token[ROWS - 1] - piece.first;
@@ -346,7 +352,7 @@ class Attention {
             for (const Part& part : parts) {
                 const int64_t seen = part.seen(latest);
                 product(weights + column, width, part.panel.values, up(part.panel.length, PAIR<E>), up(seen, PAIR<E>),
-                              size, found, size, column > 0);
+                        size, found, size, column > 0);
                 column += up(seen, LANES);
             }
             for (int row = 0; row < ROWS; row++) {
