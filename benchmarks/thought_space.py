@@ -101,7 +101,7 @@ def main() -> int:
         figures,
         {
             "over_sentence_transformers": _bar(figures["texts"]["ratios"]["sentence_transformers"], 1.5),
-            # Two standard errors are 0.019: the difference of two shares near 0.8, of 1,240 users in each of three turns.
+            # Two standard errors are 0.019: the difference of two shares near 0.8, of 1,240 users in each of 3 turns.
             "retrieval_not_below": _bar(round(apart, 4), -0.02),
         },
     )
