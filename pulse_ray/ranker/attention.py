@@ -26,7 +26,7 @@ NAME = "pulse_ray_packed"
 """Of the function in transformers' registry."""
 
 PRODUCTS = 2**20
-"""Of queries and keys that are held at once on a CPU: what its cache holds."""
+"""Of queries and keys that are held at once on a CPU, where torch attends: what its cache holds."""
 
 REMEDY = "Choose a Llama, Qwen, Gemma 1 or 3, Mistral or Phi model"
 """Where rows of a model's tokens cannot follow each other."""

@@ -27,6 +27,7 @@ constexpr int LANES = 8, ROWS = 6, STRIPS = 2;
 #else
 constexpr int LANES = 4, ROWS = 6, STRIPS = 2;
 #endif
+static_assert(16 % LANES == 0, "attention_cpu.SIZES");
 constexpr int64_t BLOCK = 16;   // Tokens of a prompt that are one piece of work.
 constexpr int64_t ABSENT = -1;  // `packing.PAD`
 

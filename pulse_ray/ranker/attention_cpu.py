@@ -24,7 +24,7 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 
 SIZES = 16
-"""Dimensions of a head are a multiple of this."""
+"""Dimensions of a head are a multiple of this, which the source's LANES divide."""
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +56,12 @@ def library(flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL | None:
             subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
             return ctypes.CDLL(built)
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        cause = getattr(error, "stderr", None) or error
-        log.warning("the ranker scores more slowly: '%s' did not compile its attention: %s", compiler or "c++", cause)
+        told = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        log.warning(
+            "torch attends for the ranker, more slowly and with other roundings: '%s' built nothing that loads (%s)",
+            compiler or "c++",
+            told[-1] if told else "it says nothing",
+        )
         return None
 
 

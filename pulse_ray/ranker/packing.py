@@ -49,9 +49,9 @@ class TokenRow:
 class PackedBatch:
     """Rows without padding: first all prompts, then all candidates, of which some rows may have fewer.
 
-    `input_ids_T`, `positions_T`: int64. `prompts_BP`, `candidates_BKS`: the place in T of every token, -1 for padding.
-    `slots_T`: the place of every token in those two, laid flat one after the other. `ends_BK`: the place of each
-    candidate's last token, -1 for none; `ends_N`: those that are there.
+    All are int64. `input_ids_T`, `positions_T`: of each token. `prompts_BP`, `candidates_BKS`: the place in T of every
+    token, -1 for padding. `slots_T`: the place of every token in those two, laid flat one after the other. `ends_BK`:
+    the place of each candidate's last token, -1 for none; `ends_N`: those that are there.
     """
 
     input_ids_T: torch.Tensor

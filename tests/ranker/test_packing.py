@@ -19,6 +19,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from pulse_ray import doctor
 from pulse_ray.config import RankerConfig, TrainingConfig
 from pulse_ray.errors import ArtifactError
 from pulse_ray.ranker import attention, attention_cpu, last_layer, model
@@ -229,7 +230,7 @@ def test_compiled_attention_of_a_part_is_that_part_of_the_whole(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @torch.no_grad()
-def test_what_is_not_finite_reaches_those_who_see_it_and_nobody_else(bad: float, dtype: torch.dtype) -> None:
+def test_what_is_not_finite_reaches_no_other_row_or_candidate(bad: float, dtype: torch.dtype) -> None:
     query, key, value = (one.clone() for one in states(dtype))
     whole = attended(query, key, value)
     candidate = BATCH.candidates_BKS[0, 2]  # The longest, so without padding.
@@ -257,10 +258,13 @@ def test_without_a_compiler_torch_attends(
     monkeypatch.setattr(attention_cpu, "library", library)
     for _ in range(2):
         assert not attention_cpu.serves(*given)
-        found, _ = attention.attend(torch.nn.Identity(), *given, None, packing=BATCH, scaling=96**-0.5)
-        torch.testing.assert_close(found[0], right, atol=1e-5, rtol=1e-5)
+        by_torch, _ = attention.attend(torch.nn.Identity(), *given, None, packing=BATCH, scaling=96**-0.5)
+        torch.testing.assert_close(by_torch[0], right, atol=1e-5, rtol=1e-5)
     (warning,) = caplog.messages
-    assert f"the ranker scores more slowly: '{compiler}' did not compile its attention" in warning
+    assert "\n" not in warning
+    assert f"more slowly and with other roundings: '{compiler}' built nothing that loads" in warning
+    found = doctor._attention()
+    assert found.verdict == "warning" and f"'{compiler}' built nothing" in found.found and "CXX" in found.remedy
 
 
 @torch.no_grad()
