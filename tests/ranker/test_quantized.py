@@ -30,7 +30,10 @@ def configure(folder: Path) -> RankerConfig:
         "max_tokens": 256,
         "text": {"history_tokens": 100},
         "lora": {"dropout": 0.0},
-        "training": {"epochs": 15, "batch_size": 4, "lr": 2e-2, "patience": 99, "precision": "fp32"},
+        "training": {
+            **{"epochs": 15, "evaluations_per_epoch": 0.2, "patience": 99},
+            **{"batch_size": 4, "lr": 2e-2, "precision": "fp32"},
+        },
     }
     return RankerConfig.model_validate(settings)
 

@@ -17,7 +17,7 @@ from pulse_ray.scoring.worker import UserWorker, trained
 from tests import tiny
 from tests.serving import shop
 
-USERS, SHARD = 300, 6
+USERS, SHARD = 180, 6
 
 
 def _config(folder: Path) -> Config:
