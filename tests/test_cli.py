@@ -262,6 +262,15 @@ def test_the_doctor_finds_what_cannot_be_imported() -> None:
     assert "No module named 'no_such_module'" in finding.found
 
 
+def test_the_doctor_compiles_the_rankers_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor._attention().verdict == "ok"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    finding = doctor._attention()
+    assert finding.verdict == "warning"
+    assert "'no-such-compiler' built nothing" in finding.found
+    assert "CXX" in finding.remedy
+
+
 def test_the_doctor_misses_libnuma(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")

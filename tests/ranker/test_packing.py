@@ -19,7 +19,6 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from pulse_ray import doctor
 from pulse_ray.config import RankerConfig, TrainingConfig
 from pulse_ray.errors import ArtifactError
 from pulse_ray.ranker import attention, attention_cpu, last_layer, model
@@ -165,9 +164,9 @@ BATCH = pack([TokenRow(prompt=[0] * prompt, candidates=[[0] * own for own in own
 TOKENS = len(BATCH.slots_T)
 
 
-def states(dtype: torch.dtype, generator: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def states(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Queries, keys and values, views of one tensor, whose scores are far apart, as a trained model's are."""
-    drawn = 2 * torch.randn(1, TOKENS, 4 + 2 + 2, 96, generator=torch.Generator().manual_seed(generator))
+    drawn = 2 * torch.randn(1, TOKENS, 4 + 2 + 2, 96, generator=torch.Generator().manual_seed(0))
     drawn[0, 7, 0] *= 50  # Some are so far apart that weights are zero.
     query, key, value = drawn.to(dtype).transpose(1, 2).split([4, 2, 2], dim=1)
     return query, key, value
@@ -263,8 +262,6 @@ def test_without_a_compiler_torch_attends(
     (warning,) = caplog.messages
     assert "\n" not in warning
     assert f"more slowly and with other roundings: '{compiler}' built nothing that loads" in warning
-    found = doctor._attention()
-    assert found.verdict == "warning" and f"'{compiler}' built nothing" in found.found and "CXX" in found.remedy
 
 
 @torch.no_grad()

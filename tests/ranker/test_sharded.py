@@ -21,7 +21,7 @@ from pulse_ray.ranker.scorer import Scorer
 from pulse_ray.training import fitting
 from pulse_ray.workspace import Workspace
 
-ONE: dict[str, Any] = {"epochs": 2, "evaluations_per_epoch": 0.5, "batch_size": 4, "lr": 5e-3}
+ONE: dict[str, Any] = {"epochs": 2, "batch_size": 4, "lr": 5e-3}
 TWO: dict[str, Any] = {**ONE, "zero_stage": 3, "workers": {"count": 2, "cpus": 0.5, "threads": 1}}
 
 
