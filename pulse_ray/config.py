@@ -87,6 +87,12 @@ class ClusterConfig(Section):
     address: str | None = Field(None, description="Ray address, `auto` for the running one; unset starts a local Ray")
     num_cpus: Count | None = Field(None, description="logical CPUs of a local Ray; unset takes 4 or the cores, if more")
     object_store_mb: Count = Field(300, description="object store of a local Ray, MiB")
+    log_interval_s: Annotated[float, Field(ge=0)] = Field(
+        15.0, description="seconds between two lines of progress where standard error is not a terminal"
+    )
+    report_interval_s: Annotated[float, Field(ge=0)] = Field(
+        2.0, description="seconds between two reports of how far a task has read its file"
+    )
 
 
 class SyntheticSource(Section):
@@ -205,6 +211,10 @@ class PrepareConfig(Section):
     read_cpus: Annotated[Annotated[float, Field(gt=0)], OPERATIONAL] = Field(
         1, description="CPUs of a task that reads a file; on a cluster it parses with as many threads"
     )
+    read_block_kib: Annotated[Count, OPERATIONAL] = Field(
+        8192, description="KiB of JSON lines or CSV that are parsed at once; a row of CSV must fit"
+    )
+    read_batch_rows: Annotated[Count, OPERATIONAL] = Field(50_000, description="rows of Parquet that are read at once")
 
     @model_validator(mode="before")
     @classmethod

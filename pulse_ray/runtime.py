@@ -236,7 +236,7 @@ def run_shards(
     if not todo:
         return {}
     started = time.monotonic()
-    with Bar(title, len(parts), "parts") as bar:
+    with Bar(title, len(parts), "parts", stage.config.cluster.log_interval_s) as bar:
         bar.skip(len(parts) - len(todo))
         for start in range(0, len(todo), PARTS_AT_ONCE):
             chunk, committer = todo[start : start + PARTS_AT_ONCE], (stage, outputs, worker, args)
@@ -265,7 +265,7 @@ def map_parts(
     Raises:
         PulseError: as raised by a worker.
     """
-    with Bar(title, len(parts), "parts") as bar:
+    with Bar(title, len(parts), "parts", stage.config.cluster.log_interval_s) as bar:
         for start in range(0, len(parts), PARTS_AT_ONCE):
             chunk = parts[start : start + PARTS_AT_ONCE]
             for row in _through_pool(chunk, _Caller, (worker, args), stage.config.cluster, pool, 1).iter_rows():

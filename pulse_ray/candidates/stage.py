@@ -34,6 +34,7 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
         output=stage.output("sasrec"),
         folder="",
         title="candidates: SASRec",
+        log_interval_s=stage.config.cluster.log_interval_s,
     )
     for todo, worker, title in ((exports, ExportWorker, "vectors"), (unindexed, IndexWorker, "indices of users")):
         for _ in map_parts(stage, todo(stage), worker, stage, pool=config.pool, title=f"candidates: {title}"):

@@ -11,6 +11,7 @@ import urllib.request
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
+from pulse_ray.data.read_progress import ReadProgress
 from pulse_ray.errors import DataError
 
 BLOCK_BYTES = 2**20
@@ -18,7 +19,7 @@ TIMEOUT_S = 60.0
 ATTEMPTS = 5
 
 
-def fetch(address: str, folder: Path, *, pause_s: float = 2.0) -> Path:
+def fetch(address: str, folder: Path, *, progress: ReadProgress | None = None, pause_s: float = 2.0) -> Path:
     """The local copy of a file, downloaded unless it is there.
 
     What arrives is kept in a `.part` file, from whose end a broken download goes on, in this call or the next.
@@ -26,6 +27,7 @@ def fetch(address: str, folder: Path, *, pause_s: float = 2.0) -> Path:
     Args:
         address: an http or https address.
         folder: where copies are kept, by host and path.
+        progress: counts the bytes as they arrive.
         pause_s: wait before the second attempt; it doubles with each further one.
 
     Raises:
@@ -43,18 +45,18 @@ def fetch(address: str, folder: Path, *, pause_s: float = 2.0) -> Path:
     with path.with_name(path.name + ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
-            _download(address, path, pause_s)
+            _download(address, path, progress or ReadProgress(), pause_s)
     return path
 
 
-def _download(address: str, path: Path, pause_s: float) -> None:
+def _download(address: str, path: Path, progress: ReadProgress, pause_s: float) -> None:
     part = path.with_name(path.name + ".part")
     trouble: Exception | str = ""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(pause_s * 2 ** (attempt - 1))
         try:
-            total = _continue(address, part)
+            total = _continue(address, part, progress)
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code != 429:
                 raise DataError(
@@ -78,7 +80,7 @@ def _download(address: str, path: Path, pause_s: float) -> None:
     )
 
 
-def _continue(address: str, part: Path) -> int | None:
+def _continue(address: str, part: Path, progress: ReadProgress) -> int | None:
     """Appends what `part` lacks. Returns the whole file's size, where the host tells it."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
@@ -93,9 +95,12 @@ def _continue(address: str, part: Path) -> int | None:
         resumed = response.status == 206
         length = response.headers.get("Content-Length")
         total = _range_total(response.headers.get("Content-Range")) if resumed else int(length) if length else None
+        progress.begin("downloaded", total, have if resumed else 0)
         with part.open("ab" if resumed else "wb") as file:
             while block := response.read(BLOCK_BYTES):
                 file.write(block)
+                progress.advance(len(block))
+                progress.report()
     return total
 
 

@@ -22,11 +22,15 @@ from isal import igzip, isal_zlib
 
 from pulse_ray.config import DomainConfig, FileSource
 from pulse_ray.data.download import fetch
+from pulse_ray.data.read_progress import CountingReader, ReadProgress
 from pulse_ray.errors import DataError, first_line
 
 FileKind = Literal["interactions", "items"]
 BLOCK_BYTES = 2**23
 """Bytes of a block before its last line is made whole: some ten thousand reviews."""
+
+BUFFER_BYTES = 2**20
+"""Bytes asked of a filesystem at once: one request to an object store."""
 
 _AGAIN = "Copy or download the file again"
 
@@ -81,29 +85,21 @@ def stem(address: str) -> str:
     return address.partition("?")[0].lower().removesuffix(".gz").removesuffix(".zst")
 
 
-class Meter:
-    """How far a file is read: a share from 0 to 1, of its bytes on disk."""
-
-    def __init__(self) -> None:
-        self.share: Callable[[], float] = lambda: 0.0
-
-    def follow(self, stream: io.BufferedReader, size: int) -> None:
-        """Takes the share from a stream's position, until it is closed."""
-        self.share = lambda: 1.0 if stream.closed else stream.tell() / max(1, size)
-
-
-def blocks(address: str, downloads: str, meter: Meter | None = None) -> Iterator[tuple[int, bytes]]:
+def blocks(
+    address: str, downloads: str, progress: ReadProgress | None = None, block_bytes: int = BLOCK_BYTES
+) -> Iterator[tuple[int, bytes]]:
     """Blocks of whole lines, each with the number of its first line, counted from 1.
 
     Args:
-        meter: is told how far the file is read.
+        progress: counts the file's bytes as they are read, before decompression.
+        block_bytes: bytes read at once, after decompression; a block ends with the last line that is complete.
 
     Raises:
         DataError: the file is missing, damaged or cut off; the line is named.
     """
     number, rest = 1, b""
-    with told(address, lambda: number), opened(address, downloads, meter) as stream:
-        while fresh := stream.read(BLOCK_BYTES):
+    with told(address, lambda: number), opened(address, downloads, progress, block_bytes) as stream:
+        while fresh := stream.read(block_bytes):
             if number == 1 and not rest:
                 fresh = fresh.removeprefix(codecs.BOM_UTF8)
             whole, newline, tail = fresh.rpartition(b"\n")
@@ -118,12 +114,22 @@ def blocks(address: str, downloads: str, meter: Meter | None = None) -> Iterator
 
 
 @contextmanager
-def opened(address: str, downloads: str, meter: Meter | None = None) -> Iterator[BinaryIO]:
-    """The decompressed bytes of a file."""
-    filesystem, path = _located(address, downloads)
-    with filesystem.open_input_stream(path, compression=None) as raw, io.BufferedReader(raw, 2**20) as buffered:
-        if meter is not None:
-            meter.follow(buffered, filesystem.get_file_info(path).size)
+def opened(
+    address: str, downloads: str, progress: ReadProgress | None = None, block_bytes: int = BLOCK_BYTES
+) -> Iterator[BinaryIO]:
+    """The decompressed bytes of a file.
+
+    Args:
+        progress: counts the file's bytes as they are read, before decompression.
+        block_bytes: bytes that the caller reads at once.
+    """
+    progress = progress or ReadProgress()
+    filesystem, path = _located(address, downloads, progress)
+    with (
+        filesystem.open_input_stream(path, compression=None) as raw,
+        io.BufferedReader(CountingReader(raw, progress), min(BUFFER_BYTES, block_bytes)) as buffered,
+    ):
+        progress.begin("read", filesystem.get_file_info(path).size)
         name = address.partition("?")[0].lower()
         if name.endswith(".gz"):
             if buffered.peek(2)[:2] not in (b"\x1f\x8b", b""):
@@ -138,21 +144,24 @@ def opened(address: str, downloads: str, meter: Meter | None = None) -> Iterator
 
 
 @contextmanager
-def seekable(address: str, downloads: str) -> Iterator[pa.NativeFile]:
-    """A file that is read at any place, for parquet.
+def seekable(address: str, downloads: str, progress: ReadProgress | None = None) -> Iterator[pa.NativeFile]:
+    """A file with random access, for parquet.
+
+    Args:
+        progress: counts the bytes of a download; the reader counts rows.
 
     Raises:
         DataError: as `blocks`.
     """
     with told(address, lambda: 0):
-        filesystem, path = _located(address, downloads)
+        filesystem, path = _located(address, downloads, progress or ReadProgress())
         with filesystem.open_input_file(path) as file:
             yield file
 
 
-def _located(address: str, downloads: str) -> tuple[pafs.FileSystem, str]:
+def _located(address: str, downloads: str, progress: ReadProgress) -> tuple[pafs.FileSystem, str]:
     if address.startswith(("http://", "https://")):
-        address = str(fetch(address, Path(downloads)))
+        address = str(fetch(address, Path(downloads), progress=progress))
     if "://" not in address:
         return pafs.LocalFileSystem(), address
     filesystem, path = pafs.FileSystem.from_uri(address)

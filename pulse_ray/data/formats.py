@@ -21,6 +21,7 @@ from pulse_ray.config import FileSource
 from pulse_ray.data import files
 from pulse_ray.data.files import FileKind
 from pulse_ray.data.jsonlines import LineError, loads
+from pulse_ray.data.read_progress import ReadProgress
 from pulse_ray.errors import DataError
 
 Container = Literal["json", "csv", "parquet"]
@@ -93,8 +94,13 @@ OTHERS_TITLE = "title"
 """In interactions it may be the review's own, so it is the item's only where the configuration says so."""
 
 
-def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Format:
+def tell(
+    address: str, role: FileKind, source: FileSource, downloads: str, progress: ReadProgress | None = None
+) -> Format:
     """The format of a file, from the configuration or else from its ending and its first lines.
+
+    Args:
+        progress: counts the bytes of a download, which is made here.
 
     Raises:
         DataError: it is of no known format, or lacks a column that is needed.
@@ -104,13 +110,13 @@ def tell(address: str, role: FileKind, source: FileSource, downloads: str) -> Fo
     if tabular and source.kind not in ("auto", "table", "recbole"):
         raise DataError(f"{files.shown(address)} is no file of '{source.kind}'", remedy="Set source.kind=table")
     if stem.endswith(".parquet"):
-        with files.seekable(address, downloads) as file:
+        with files.seekable(address, downloads, progress) as file:
             schema = pq.read_schema(file)
         lists = [one.name for one in schema if str(one.type).startswith(("list", "large_list"))]
         return _named(address, role, source, "parquet", dict.fromkeys(schema.names), lists)
     if tabular or source.kind == "recbole":
-        return _separated(address, role, source, downloads)
-    example, literal = _example(address, downloads)
+        return _separated(address, role, source, downloads, progress)
+    example, literal = _example(address, downloads, progress)
     renamed = _renamed(role, source)
     kind = source.kind if source.kind not in ("auto", "sequences") else "table" if renamed else _kind(example, role)
     if renamed and kind != "table":
@@ -196,9 +202,11 @@ def _integers(example: Mapping[str, Any]) -> list[str]:
     return [key for key, value in example.items() if whole(value[0] if isinstance(value, list) and value else value)]
 
 
-def _separated(address: str, role: FileKind, source: FileSource, downloads: str) -> Format:
+def _separated(
+    address: str, role: FileKind, source: FileSource, downloads: str, progress: ReadProgress | None
+) -> Format:
     """Comma- or tab-separated values; names of atomic files end in their type."""
-    _, block = next(files.blocks(address, downloads), (0, b""))
+    _, block = next(files.blocks(address, downloads, progress), (0, b""))
     first = block.partition(b"\n")[0].decode("utf-8-sig", "replace").rstrip("\r")
     delimiter = "\t" if "\t" in first or files.stem(address).endswith((".inter", ".item", ".tsv")) else ","
     header = next(csv.reader([first], delimiter=delimiter), [])
@@ -210,9 +218,9 @@ def _separated(address: str, role: FileKind, source: FileSource, downloads: str)
     return replace(made, kind="recbole") if atomic else made
 
 
-def _example(address: str, downloads: str) -> tuple[dict[str, Any], bool]:
+def _example(address: str, downloads: str, progress: ReadProgress | None) -> tuple[dict[str, Any], bool]:
     """The keys of the first lines, each with its first value that says something; whether lines are Python literals."""
-    _, block = next(files.blocks(address, downloads), (0, b""))
+    _, block = next(files.blocks(address, downloads, progress), (0, b""))
     example: dict[str, Any] = {}
     literal = False
     for line in block.split(b"\n", SNIFFED_LINES)[:SNIFFED_LINES]:

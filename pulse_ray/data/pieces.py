@@ -109,12 +109,19 @@ class Pieces:
 
 
 class Dealer:
-    """Deals tables out to one open arrow file per partition, so that a long input never gathers in memory."""
+    """Deals tables out to one open arrow file per partition, so that a long input never gathers in memory.
 
-    def __init__(self, streams: list[pa.NativeFile], schema: pa.Schema, key: str) -> None:
-        self._streams, self._schema, self._key = streams, schema, key
+    Args:
+        flush_bytes: rows gather up to this size in memory before they are written.
+    """
+
+    def __init__(
+        self, streams: list[pa.NativeFile], schema: pa.Schema, key: str, flush_bytes: int = DEALT_BYTES
+    ) -> None:
+        self._streams, self._schema, self._key, self._flush_bytes = streams, schema, key, flush_bytes
         self._writers = [ipc.new_file(stream, schema, options=_WRITTEN) for stream in streams]
         self._gathered: list[pa.Table] = []
+        self._gathered_bytes = 0
 
     def __enter__(self) -> Self:
         return self
@@ -130,12 +137,13 @@ class Dealer:
     def deal(self, rows: pa.Table) -> None:
         """Appends each row to its partition's piece, in order."""
         self._gathered.append(rows)
-        if sum(table.nbytes for table in self._gathered) >= DEALT_BYTES:
+        self._gathered_bytes += rows.nbytes
+        if self._gathered_bytes >= self._flush_bytes:
             self._flush()
 
     def _flush(self) -> None:
         rows = pa.concat_tables([self._schema.empty_table(), *self._gathered]).combine_chunks()
-        self._gathered = []
+        self._gathered, self._gathered_bytes = [], 0
         places = _places(rows.column(self._key), len(self._writers))
         order = np.argsort(places, kind="stable")
         bounds = np.searchsorted(places[order], np.arange(len(self._writers) + 1))

@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -32,10 +31,12 @@ from pulse_ray.config import FileSource
 from pulse_ray.data import files
 from pulse_ray.data.files import FileKind
 from pulse_ray.data.pieces import SCRATCH, Counts, Pieces
+from pulse_ray.data.read_progress import Phase, ReadProgress
 from pulse_ray.data.sources import RAW_INTERACTIONS, RAW_ITEMS, Chunk, Row, read
 from pulse_ray.data.splitting import Rows, leave_two_out, temporal
 from pulse_ray.data.synthetic import Shop
 from pulse_ray.data.tidy import tidy_item
+from pulse_ray.progress import ReportGuard
 from pulse_ray.schema import INTERACTION, TABLES, Reject, Split
 from pulse_ray.seeding import derive
 from pulse_ray.text import clean, item_text
@@ -43,9 +44,6 @@ from pulse_ray.workspace import Artefact, Part, StageRun
 
 ITEM_COUNTS = ("items", "made_titles", "without_text")
 """What `describe` counts: items, those whose title had to be made, those of which nothing is known but the id."""
-
-NOTED_S = 2.0
-"""How often a task notes how far its file is read."""
 
 IN_ORDER = "in-order"
 """A note that a domain's rows come in the order of their users' sequences."""
@@ -80,12 +78,16 @@ def read_file(stage: StageRun, domain: int, file: int) -> Counts:
     name, pieces = stage.config.prepare.domains[domain].name, Pieces(stage, domain)
     role, address = _files(stage, domain)[file]
     counts: Counter[str] = Counter()
-    meter, noted = files.Meter(), time.monotonic()
+
+    def publish(phase: Phase, fraction: float) -> None:
+        pieces.note(f"{phase}-{file:04d}", fraction)
+
+    progress = ReadProgress(publish, stage.config.cluster.report_interval_s)
     with (
         pieces.dealer(f"rows-{file:04d}", RAW_INTERACTIONS, key="user_id") as interactions,
         pieces.dealer(f"about-{file:04d}", RAW_ITEMS, key="item_id") as items,
     ):
-        for number, chunk in enumerate(_chunks(stage, domain, role, address, meter)):
+        for number, chunk in enumerate(_chunks(stage, domain, role, address, progress)):
             _set_aside(stage, f"{name}-{file:04d}-{number:05d}", chunk.rejects)
             interactions.deal(_ordered(chunk.interactions, file))
             items.deal(_ordered(chunk.items, file))
@@ -95,16 +97,17 @@ def read_file(stage: StageRun, domain: int, file: int) -> Counts:
             if chunk.in_order:
                 pieces.note(IN_ORDER, 1)
                 counts["in_order"] = 1
-            if time.monotonic() - noted > NOTED_S:
-                noted = time.monotonic()
-                pieces.note(f"read-{file:04d}", meter.share())
-    pieces.note(f"read-{file:04d}", 1.0)
+    ReportGuard(address).run(lambda: publish("read", 1.0))
     return dict(counts)
 
 
-def shares_read(stage: StageRun, numbers: Iterable[tuple[int, ...]]) -> float:
-    """How many files' worth is read so far, of those with these numbers of domain and file."""
-    return sum(Pieces(stage, domain).noted(f"read-{file:04d}") for domain, file in numbers)
+def published(stage: StageRun, phase: Phase, numbers: Sequence[tuple[int, ...]]) -> float:
+    """Mean fraction of some files that is downloaded or read, from 0 to 1.
+
+    Args:
+        numbers: of each file, the numbers of its domain and of the file.
+    """
+    return sum(Pieces(stage, domain).noted(f"{phase}-{file:04d}") for domain, file in numbers) / len(numbers)
 
 
 def rejects(stage: StageRun) -> Artefact:
@@ -118,10 +121,10 @@ def _set_aside(stage: StageRun, part: Part, found: Sequence[Reject]) -> None:
         rejects(stage).write(part, pa.Table.from_pylist(rows, schema=TABLES["rejects"]))
 
 
-def _chunks(stage: StageRun, domain: int, role: FileKind, address: str, meter: files.Meter) -> Iterator[Chunk]:
+def _chunks(stage: StageRun, domain: int, role: FileKind, address: str, progress: ReadProgress) -> Iterator[Chunk]:
     config = stage.config.prepare.domains[domain]
     if isinstance(config.source, FileSource):
-        yield from read(address, role, config.source, stage.config.prepare, meter)
+        yield from read(address, role, config.source, stage.config.prepare, progress)
         return
     shop = Shop(config.source, derive(stage.config.seed, "synthetic", config.name))
     # For tests alone: what drove each purchase. No stage reads it.

@@ -21,6 +21,7 @@ from pulse_ray.data import files, tabular
 from pulse_ray.data.files import FileKind
 from pulse_ray.data.formats import COLUMNS, IDS, Format, tell
 from pulse_ray.data.jsonlines import Columns, Parsed, parse
+from pulse_ray.data.read_progress import ReadProgress
 from pulse_ray.data.tidy import RAW_DESCRIPTION_CHARS
 from pulse_ray.errors import DataError, first_line
 from pulse_ray.schema import Reject
@@ -75,24 +76,26 @@ class Chunk:
 
 
 def read(
-    address: str, role: FileKind, source: FileSource, config: PrepareConfig, meter: files.Meter | None = None
+    address: str, role: FileKind, source: FileSource, config: PrepareConfig, progress: ReadProgress | None = None
 ) -> Iterator[Chunk]:
     """The rows of one file, chunk by chunk.
 
     Args:
-        meter: is told how far the file is read.
+        progress: counts what is read, and is asked to report after each chunk.
 
     Raises:
         DataError: the file is missing, empty, damaged, cut off or of no known format, or more than
             `max_reject_fraction` of its rows cannot be used. Raised after the chunks before that place were given out.
     """
-    form = tell(address, role, source, config.downloads)
+    progress = progress or ReadProgress()
+    form = tell(address, role, source, config.downloads, progress)
     make = _interactions if role == "interactions" else _items
     first: Reject | None = None
     usable = 0
     reasons: Counter[str] = Counter()
     # While arrow parses blocks in threads of its own, the file is decompressed and rows are checked in this one.
-    for parsed in _parsed(address, form, config, meter or files.Meter()):
+    for parsed in _parsed(address, form, config, progress):
+        progress.report()
         chunk = make(parsed, form, address, config)
         usable += chunk.interactions.num_rows if role == "interactions" else chunk.items.num_rows
         reasons.update(reject.reason for reject in chunk.rejects)
@@ -111,17 +114,18 @@ def read(
         )
 
 
-def _parsed(address: str, form: Format, config: PrepareConfig, meter: files.Meter) -> Iterator[Parsed]:
+def _parsed(address: str, form: Format, config: PrepareConfig, progress: ReadProgress) -> Iterator[Parsed]:
+    block_bytes = config.read_block_kib * 2**10
     if form.container == "parquet":
-        return tabular.parquet(address, form, config.downloads, meter)
+        return tabular.parquet(address, form, config.downloads, progress, config.read_batch_rows)
     if form.container == "csv":
-        return tabular.separated(address, form, config.downloads, meter)
+        return tabular.separated(address, form, config.downloads, progress, block_bytes)
     columns = _json_columns(form)
 
     def work(block: tuple[int, bytes]) -> Parsed:
         return parse(block[1], block[0], columns)
 
-    return _ahead(work, files.blocks(address, config.downloads, meter), pa.cpu_count())
+    return _ahead(work, files.blocks(address, config.downloads, progress, block_bytes), pa.cpu_count())
 
 
 def _json_columns(form: Format) -> Columns:

@@ -16,7 +16,7 @@ from pulse_ray.data import preparation
 from pulse_ray.data.choosing import choose
 from pulse_ray.data.pieces import SCRATCH, Counts
 from pulse_ray.errors import DataError, PulseError
-from pulse_ray.progress import Bar
+from pulse_ray.progress import Bar, ReportGuard
 from pulse_ray.runtime import core_cpus
 from pulse_ray.schema import SPLITS
 from pulse_ray.workspace import StageRun
@@ -195,7 +195,10 @@ def _on_ray(stage: StageRun, step: Step, numbers: Sequence[Numbers], cpus: float
         cpus = max(cpus, stage.config.prepare.read_cpus)
     data = ray.data.from_items(rows, override_num_blocks=len(rows))
     title, unit = STEPS[step.__name__]
-    with Bar(f"prepare: {title}", len(rows), unit) as bar, _reading(stage, step, numbers, bar):
+    with (
+        Bar(f"prepare: {title}", len(rows), unit, stage.config.cluster.log_interval_s) as bar,
+        _file_progress(stage, step, numbers, bar),
+    ):
         for row in data.map(_guarded, fn_args=(stage, step), num_cpus=cpus).iter_rows():
             if len(row["error"]):
                 raise errors.from_values(row["error"])
@@ -205,24 +208,34 @@ def _on_ray(stage: StageRun, step: Step, numbers: Sequence[Numbers], cpus: float
 
 
 @contextmanager
-def _reading(stage: StageRun, step: Step, numbers: Sequence[Numbers], bar: Bar) -> Iterator[None]:
-    """Shows how far files are read while they are: a single one may take many minutes."""
-    ended = threading.Event()
+def _file_progress(stage: StageRun, step: Step, numbers: Sequence[Numbers], bar: Bar) -> Iterator[None]:
+    """Shows how far files are downloaded and read: a single one may take many minutes."""
+    if step is not preparation.read_file:
+        yield
+        return
+    ended, guard = threading.Event(), ReportGuard(bar.title)
+    started = time.monotonic()
 
-    def look() -> None:
-        started = time.monotonic()
-        while not ended.wait(preparation.NOTED_S):
-            if share := preparation.shares_read(stage, [(domain, file) for domain, file in numbers]) / len(numbers):
-                left = (time.monotonic() - started) * (1 - share) / share
-                bar.advance(0, {"read": f"{share:.0%}", "left": f"{left:.0f} s"})
+    def show() -> None:
+        read = preparation.published(stage, "read", numbers)
+        if read:
+            left_s = (time.monotonic() - started) * (1 - read) / read
+            bar.advance(0, {"read": f"{read:.0%}", "left": f"{left_s:.0f} s"})
+        elif downloaded := preparation.published(stage, "downloaded", numbers):
+            bar.advance(0, {"downloaded": f"{downloaded:.0%}"})
 
-    watcher = threading.Thread(target=look, daemon=True)
-    if step is preparation.read_file:
-        watcher.start()
+    def watch() -> None:
+        # An interval of 0 would keep a core busy.
+        while not ended.wait(max(0.05, stage.config.cluster.report_interval_s)):
+            guard.run(show)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         ended.set()
+        watcher.join()
 
 
 def _guarded(row: dict[str, Any], stage: StageRun, step: Step) -> dict[str, Any]:

@@ -14,26 +14,41 @@ import pyarrow.parquet as pq
 from pulse_ray.data import files
 from pulse_ray.data.formats import Format
 from pulse_ray.data.jsonlines import Fault, Parsed
+from pulse_ray.data.read_progress import ReadProgress
 from pulse_ray.errors import DataError
 
 BATCH_ROWS = 50_000
 
 
-def parquet(address: str, form: Format, downloads: str, meter: files.Meter) -> Iterator[Parsed]:
-    """The wanted columns, batch by batch; rows are numbered from 1."""
+def parquet(
+    address: str, form: Format, downloads: str, progress: ReadProgress, batch_rows: int = BATCH_ROWS
+) -> Iterator[Parsed]:
+    """The wanted columns, batch by batch; rows are numbered from 1.
+
+    Args:
+        progress: counts rows.
+        batch_rows: most rows of a batch.
+    """
     wanted = [name for group in form.names.values() for name in group]
     number = 1
-    with files.seekable(address, downloads) as file:
+    with files.seekable(address, downloads, progress) as file:
         rows = pq.ParquetFile(file)
-        meter.share = lambda: number / max(1, rows.metadata.num_rows)
-        for batch in rows.iter_batches(BATCH_ROWS, columns=wanted):
+        progress.begin("read", rows.metadata.num_rows)
+        for batch in rows.iter_batches(batch_rows, columns=wanted):
             table = pa.Table.from_batches([batch])
+            progress.advance(table.num_rows)
             yield Parsed(table=table, numbers=np.arange(number, number + table.num_rows))
             number += table.num_rows
 
 
-def separated(address: str, form: Format, downloads: str, meter: files.Meter) -> Iterator[Parsed]:
+def separated(
+    address: str, form: Format, downloads: str, progress: ReadProgress, block_bytes: int = files.BLOCK_BYTES
+) -> Iterator[Parsed]:
     """The wanted columns as strings, batch by batch; rows are numbered from 2: the header is the first.
+
+    Args:
+        progress: counts bytes.
+        block_bytes: bytes parsed at once; a row must fit.
 
     Raises:
         DataError: a quoted value does not end.
@@ -49,11 +64,11 @@ def separated(address: str, form: Format, downloads: str, meter: files.Meter) ->
         return "skip"
 
     number = 2
-    with files.told(address, lambda: number), files.opened(address, downloads, meter) as stream:
+    with files.told(address, lambda: number), files.opened(address, downloads, progress, block_bytes) as stream:
         try:
             reader = pc_csv.open_csv(
                 pa.PythonFile(stream, mode="r"),
-                read_options=pc_csv.ReadOptions(use_threads=False, block_size=files.BLOCK_BYTES),
+                read_options=pc_csv.ReadOptions(use_threads=False, block_size=block_bytes),
                 parse_options=pc_csv.ParseOptions(
                     delimiter=form.delimiter,
                     quote_char=False if form.kind == "recbole" else '"',
@@ -77,7 +92,7 @@ def separated(address: str, form: Format, downloads: str, meter: files.Meter) ->
         except pa.ArrowInvalid as error:
             raise DataError(
                 f"{files.shown(address)}: from row {number} on it cannot be read: {error}",
-                remedy="Mend the file: a quoted value that does not end, or a row larger than 8 MiB",
+                remedy="Correct the file: a quoted value does not end, or a row is larger than prepare.read_block_kib",
             ) from error
 
 

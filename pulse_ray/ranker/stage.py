@@ -36,6 +36,7 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
             output=stage.output("ranker"),
             folder=variant,
             title=f"ranker: {variant}",
+            log_interval_s=stage.config.cluster.log_interval_s,
         )
         metrics[variant] = fitting.best_metrics(record)
     return {"ranker": metrics}

@@ -35,6 +35,7 @@ def run(stage: StageRun) -> dict[str, dict[str, Any]]:
         output=stage.output("encoders"),
         folder="",
         title="thought-space: encoders",
+        log_interval_s=stage.config.cluster.log_interval_s,
     )
     workers = config.training.workers
     ray.get(ray.remote(num_cpus=workers.cpus, num_gpus=workers.gpus)(_project).remote(stage, seed))

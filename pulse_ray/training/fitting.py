@@ -44,7 +44,7 @@ from tensorboardX import SummaryWriter
 from pulse_ray import runtime
 from pulse_ray.config import TrainingConfig
 from pulse_ray.errors import PulseError, TrainingError
-from pulse_ray.progress import Bar, console
+from pulse_ray.progress import LOG_INTERVAL_S, Bar, ReportGuard, console
 from pulse_ray.training import board, checkpoints
 from pulse_ray.training.board import News
 from pulse_ray.training.task import Task
@@ -75,6 +75,8 @@ def fit(
     output: Artefact,
     folder: str,
     title: str,
+    log_interval_s: float = LOG_INTERVAL_S,
+    upload_interval_s: float = UPLOAD_S,
 ) -> dict[str, Any]:
     """Trains a model and leaves its best weights and `training.json` in `output/folder`.
 
@@ -85,6 +87,8 @@ def fit(
         output: the artefact; checkpoints live below it until training has ended.
         folder: the model's folder in the artefact, "" for the artefact itself.
         title: what the progress line says.
+        log_interval_s: seconds between two lines of progress where standard error is not a terminal.
+        upload_interval_s: seconds between two uploads of the curves; 0 uploads after every step that has figures.
 
     Returns:
         The content of `training.json`: `monitor`, `steps`, `evaluations`, `best_step`, `best`.
@@ -98,7 +102,9 @@ def fit(
     if (known := target.read_bytes("training.json")) is not None:
         kept.delete()  # The run may have been killed just before it did so.
         return dict(json.loads(known))
-    result = _run(Job(build=build, args=args, config=config, seed=seed, board=board.hang_up()), target, kept, title)
+    job = Job(build=build, args=args, config=config, seed=seed, board=board.hang_up())
+    with Bar(title, None, "steps", log_interval_s) as bar, _Curves(target, upload_interval_s) as curves:
+        result = _run(job, kept, bar, curves)
     with result.checkpoint.as_directory() as local:
         state = checkpoints.State.read(Path(local))
         monitor = json.loads((Path(local) / checkpoints.MONITOR).read_text())
@@ -116,22 +122,21 @@ def fit(
     return record
 
 
-def _run(job: Job, target: Artefact, kept: Artefact, title: str) -> ray.train.Result:
+def _run(job: Job, kept: Artefact, bar: Bar, curves: _Curves) -> ray.train.Result:
     """Trains to the end, with smaller passes as often as they do not fit into memory."""
-    with Bar(title, None, "steps") as bar, _Curves(target) as curves:
-        while True:
-            limit = ray.get(job.board.limit.remote())
-            outcome = _watched(_trainer(job, kept), job.board, bar, curves)
-            stopped = ray.get(job.board.stopped.remote())
-            fits = ray.get(job.board.limit.remote()) == limit
-            error = outcome if isinstance(outcome, BaseException) else outcome.error
-            if error is None and stopped is None:
-                ray.kill(job.board)
-                assert isinstance(outcome, ray.train.Result)
-                return outcome
-            if stopped is not None or fits or isinstance(error, KeyboardInterrupt):
-                ray.kill(job.board)
-                raise stopped or _explain(error) from error
+    while True:
+        limit = ray.get(job.board.limit.remote())
+        outcome = _watched(_trainer(job, kept), job.board, bar, curves)
+        stopped = ray.get(job.board.stopped.remote())
+        fits = ray.get(job.board.limit.remote()) == limit
+        error = outcome if isinstance(outcome, BaseException) else outcome.error
+        if error is None and stopped is None:
+            ray.kill(job.board)
+            assert isinstance(outcome, ray.train.Result)
+            return outcome
+        if stopped is not None or fits or isinstance(error, KeyboardInterrupt):
+            ray.kill(job.board)
+            raise stopped or _explain(error) from error
 
 
 def _trainer(job: Job, kept: Artefact) -> TorchTrainer:
@@ -184,10 +189,9 @@ def _watched(trainer: TorchTrainer, told_on: Any, bar: Bar, curves: _Curves) -> 
         except BaseException as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(timeout=1.0)
+    thread, guard = threading.Thread(target=run, daemon=True), ReportGuard(bar.title)
+
+    def show() -> None:
         told, notices = ray.get(told_on.take.remote())
         for notice in notices:
             console.print(notice)
@@ -200,15 +204,24 @@ def _watched(trainer: TorchTrainer, told_on: Any, bar: Bar, curves: _Curves) -> 
                 name: f"{value:.4g}" for name, value in news.figures.items() if "/" not in name or name == "tokens/s"
             }
             bar.advance(news.step - bar.done, shown or None)
+
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=1.0)
+        guard.run(show)
     return outcome[0]
 
 
 class _Curves:
-    """Writes a run's curves for TensorBoard into the model's folder, which may be anywhere."""
+    """Writes a run's curves for TensorBoard into the model's folder, which may be anywhere.
 
-    def __init__(self, target: Artefact) -> None:
+    An upload that fails is logged, and training continues: the next one carries the same points.
+    """
+
+    def __init__(self, target: Artefact, upload_interval_s: float) -> None:
         self._target = Artefact(target.filesystem, f"{target.path}/{BOARD}", target.name)
         self._writer: SummaryWriter | None = None
+        self._upload_interval_s, self._guard = upload_interval_s, ReportGuard(f"curves in {self._target.path}")
         self._uploaded, self._newest = 0.0, 0
 
     def __enter__(self) -> _Curves:
@@ -219,7 +232,7 @@ class _Curves:
         with self._folder:
             if self._writer is not None:
                 self._writer.close()
-                self._target.upload(Path(self._folder.name))
+                self._guard.run(self._upload)
 
     def add(self, news: News) -> None:
         """Adds the points of a step. What an earlier try plotted of later ones is hidden."""
@@ -230,10 +243,13 @@ class _Curves:
         self._newest = news.step
         for name, value in news.figures.items():
             self._writer.add_scalar(name if "validation" in name else f"training/{name}", value, news.step)
-        if time.monotonic() - self._uploaded > UPLOAD_S:
+        if time.monotonic() - self._uploaded >= self._upload_interval_s:
             self._writer.flush()
-            self._target.upload(Path(self._folder.name))
+            self._guard.run(self._upload)
             self._uploaded = time.monotonic()
+
+    def _upload(self) -> None:
+        self._target.upload(Path(self._folder.name))
 
 
 @contextlib.contextmanager
