@@ -260,6 +260,8 @@ def diagnose(
     if dry_run and settings:
         _print_plan(settings, list(STAGES))
         return
+    from rich.markup import escape
+
     from pulse_ray.doctor import examine
     from pulse_ray.progress import console
 
@@ -268,7 +270,7 @@ def diagnose(
     broken = False
     with console.status("Looking at this machine …"):
         for finding in examine(settings):
-            table.add_row(finding.subject, marks[finding.verdict], finding.found, finding.remedy)
+            table.add_row(finding.subject, marks[finding.verdict], escape(finding.found), escape(finding.remedy))
             broken |= finding.verdict == "broken"
     _show(table)
     if broken:
@@ -329,7 +331,7 @@ def submit(
     from pulse_ray.progress import console
 
     job = submission.describe(settings, stage, QUIET)
-    console.print(f"{job.name}: {job.entrypoint}, storage {job.config.storage}", highlight=False)
+    console.print(f"{job.name}: {job.entrypoint}, storage {job.config.storage}", highlight=False, markup=False)
     if dry_run:
         typer.echo(job.config.to_json())
         return
@@ -400,6 +402,8 @@ def _run_stage(name: str, path: Path, overrides: Sequence[str] | None, dry_run: 
 
 def _check_candidates(config: Config) -> None:
     """Prints what was checked, and raises what does not hold."""
+    from rich.markup import escape
+
     from pulse_ray import pipeline, runtime
     from pulse_ray.candidates import check
 
@@ -410,7 +414,7 @@ def _check_candidates(config: Config) -> None:
         findings = check.check(stage)
     table = _table(f"Candidates of {config.name}", "property", "checked", "violations", "first")
     for finding in findings:
-        table.add_row(finding.title, f"{finding.checked:,}", f"{finding.violations:,}", finding.first or "")
+        table.add_row(finding.title, f"{finding.checked:,}", f"{finding.violations:,}", escape(finding.first or ""))
     _show(table)
     check.complain(findings, stage)
 
@@ -441,9 +445,11 @@ def _score(config: Config, users: str, output: str, *, dry_run: bool) -> None:
     job = scoring.prepare(config, users, output)
     state = scoring.condition(job)
     shards = len(job.users.shards(config.score.shard_users))
-    console.print(f"{job.users.rows:,} users in {shards:,} parts, ranked by {job.version}: {state}", highlight=False)
+    console.print(
+        f"{job.users.rows:,} users in {shards:,} parts, ranked by {job.version}: {state}", highlight=False, markup=False
+    )
     if ignored := job.users.ignored():
-        console.print(f"columns that nothing reads: {', '.join(ignored)}", highlight=False)
+        console.print(f"columns that nothing reads: {', '.join(ignored)}", highlight=False, markup=False)
     if dry_run:
         typer.echo(config.to_json())
         return

@@ -63,6 +63,15 @@ def test_answers_and_errors_of_actors_reach_the_caller(tmp_path: Path) -> None:
     assert list(runtime.map_parts(run, [], Counting, 4, pool=PoolConfig(), title="test")) == []
 
 
+@pytest.mark.usefixtures("ray_cluster")
+def test_more_parts_than_ray_is_handed_at_once_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "PARTS_AT_ONCE", 2)
+    run = stage("tree", tmp_path, {}, {})
+    answers = runtime.map_parts(run, ["a", "b", "c"], Counting, 4, pool=PoolConfig(), title="test")
+    # The actor of the second round has seen nothing of the first.
+    assert list(answers) == [{"a": 5}, {"b": 6}, {"c": 5}]
+
+
 class Rejecting:
     """A worker that sets aside the one example of each part."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -20,11 +21,12 @@ from torch import nn
 
 from pulse_ray import runtime
 from pulse_ray.config import TrainingConfig, WorkersConfig
-from pulse_ray.errors import TrainingError
+from pulse_ray.errors import ArtifactError, TrainingError
 from pulse_ray.training import checkpoints, fitting
+from pulse_ray.training.board import News
 from pulse_ray.training.plan import Plan
 from pulse_ray.training.task import Read
-from pulse_ray.workspace import Workspace
+from pulse_ray.workspace import Artefact, Workspace
 
 # Ray's workers cannot import the tests.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -100,7 +102,13 @@ CONFIG = TrainingConfig(epochs=4, batch_size=8, micro_batch_size=3, lr=2e-2, wor
 def fit(where: Path, folder: str, config: TrainingConfig = CONFIG, **task: Any) -> dict[str, Any]:
     output = Workspace(str(where), "run").artefact("model")
     return fitting.fit(
-        partial(Regression, **task), config=config, seed=3, output=output, folder=folder, title=f"test: {folder}"
+        partial(Regression, **task),
+        config=config,
+        seed=3,
+        output=output,
+        folder=folder,
+        title=f"test: {folder}",
+        upload_interval_s=0,
     )
 
 
@@ -229,6 +237,27 @@ def test_curves_are_kept_for_tensorboard(undisturbed: Trained) -> None:
     written = events.read_bytes()
     for name in (b"training/loss", b"training/grad", b"training/tokens/s", b"training/padding", b"validation/loss"):
         assert name in written
+
+
+def test_curves_that_cannot_be_uploaded_do_not_end_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = Workspace(str(tmp_path), "run").artefact("model")
+    upload, tries = Artefact.upload, list[int]()
+
+    def fails_twice(artefact: Artefact, folder: Path) -> None:
+        tries.append(len(tries))
+        if len(tries) <= 2:
+            raise ArtifactError("cannot copy the curves: the storage does not answer", remedy="Wait")
+        upload(artefact, folder)
+
+    monkeypatch.setattr(Artefact, "upload", fails_twice)
+    with caplog.at_level(logging.WARNING), fitting._Curves(target, upload_interval_s=0) as curves:
+        for step in (1, 2, 3, 2):  # A group of workers that is started again goes back to a checkpoint.
+            curves.add(News(step=step, total=3, figures={"loss": 1 / step, "validation/loss": 2.0}))
+    assert len(tries) == 5
+    assert len([record for record in caplog.records if "cannot be reported" in record.message]) == 1
+    assert any(b"training/loss" in file.read_bytes() for file in (tmp_path / "run/model/tensorboard").iterdir())
 
 
 def test_every_example_is_seen_once_an_epoch_however_it_is_cut() -> None:

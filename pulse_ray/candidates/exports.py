@@ -122,6 +122,7 @@ class Users:
 
 def _lists(matrix: NDArray[np.float32]) -> pa.ListArray:
     """The rows of a matrix; as Python's lists of numbers they would take eight times the memory."""
+    assert matrix.size < 2**31, f"a shard of {len(matrix)} vectors is too large for 32-bit offsets"
     offsets = np.arange(len(matrix) + 1, dtype=np.int32) * matrix.shape[1]
     return pa.ListArray.from_arrays(offsets, pa.array(matrix.reshape(-1), pa.float32()))
 

@@ -45,14 +45,19 @@ def read_rows(data: pa.Table) -> list[Row]:
 
 
 def newest_rows(tables: Iterable[pa.Table]) -> dict[Key, Row]:
-    """The row of each domain and user that knows the longest sequence: of training examples, the newest.
+    """Newest training example of each domain and user: the one whose target has the highest position.
 
-    Of sequences that were cut to the same length, the first is the newest: `prepare` writes a user's newest first.
+    Positions are compared, not the lengths of histories, which `prepare` cuts, nor the order of shards.
     """
     found: dict[Key, Row] = {}
     for data in tables:
         for row in read_rows(data):
             known = found.get((row.domain, row.user_id))
-            if known is None or len(row.items) > len(known.items):
+            if known is None or _position(row) > _position(known):
                 found[row.domain, row.user_id] = row
     return found
+
+
+def _position(row: Row) -> int:
+    """Position of the row's target in the user's sequence, from 0: an example's id ends in it."""
+    return int(row.example_id.rpartition("/")[2])

@@ -191,6 +191,8 @@ def told(address: str, line: Callable[[], int]) -> Iterator[None]:
 
 
 def _absolute(address: str) -> str:
+    if address.startswith("file://"):
+        return str(pafs.FileSystem.from_uri(address)[1])
     return address if "://" in address else str(Path(address).expanduser().absolute())
 
 

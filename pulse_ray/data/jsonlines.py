@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.json as pj
 
 FEW_BYTES = 2**14
-"""A block that is refused and no larger than this is parsed line by line."""
+"""Default size up to which a block that arrow refuses is parsed line by line."""
 
 Fault = tuple[int, str, str]
 """Number of a line, a short reason, the detail."""
@@ -65,13 +65,14 @@ class Columns:
         return pa.schema(fields)
 
 
-def parse(block: bytes, first: int, columns: Columns) -> Parsed:
+def parse(block: bytes, first: int, columns: Columns, few_bytes: int = FEW_BYTES) -> Parsed:
     """The columns' values from a block of whole lines; other keys are skipped, and those that are absent are null.
 
     Args:
         first: number of the block's first line.
+        few_bytes: a block that arrow refuses is halved down to this size, and then parsed line by line.
     """
-    pieces = list(_pieces(block, first, columns))
+    pieces = list(_pieces(block, first, columns, few_bytes))
     return Parsed(
         table=pa.concat_tables([piece.table for piece in pieces]),
         numbers=np.concatenate([piece.numbers for piece in pieces]),
@@ -79,20 +80,20 @@ def parse(block: bytes, first: int, columns: Columns) -> Parsed:
     )
 
 
-def _pieces(block: bytes, first: int, columns: Columns) -> Iterator[Parsed]:
+def _pieces(block: bytes, first: int, columns: Columns, few_bytes: int) -> Iterator[Parsed]:
     lines = block.count(b"\n") + (not block.endswith(b"\n"))
     table = _at_once(block, columns)
     # Rows and lines differ where lines are blank, or hold more or less than one object.
     if table is not None and table.num_rows == lines:
         yield Parsed(table=table, numbers=np.arange(first, first + lines))
-    elif len(block) <= FEW_BYTES or lines == 1:
+    elif len(block) <= few_bytes or lines == 1:
         yield _one_by_one(block, first, columns)
     else:
         half = block.find(b"\n", len(block) // 2) + 1
         if half in (0, len(block)):
             half = block.rfind(b"\n", 0, len(block) // 2) + 1
-        yield from _pieces(block[:half], first, columns)
-        yield from _pieces(block[half:], first + block[:half].count(b"\n"), columns)
+        yield from _pieces(block[:half], first, columns, few_bytes)
+        yield from _pieces(block[half:], first + block[:half].count(b"\n"), columns, few_bytes)
 
 
 def _at_once(block: bytes, columns: Columns) -> pa.Table | None:

@@ -85,11 +85,11 @@ class Pieces:
         """The number that was left last, 0 where there is none yet."""
         return float(self._folder.read_bytes(f"{name}-{self.domain}") or 0)
 
-    def dealer(self, name: str, schema: pa.Schema, key: str) -> Dealer:
+    def dealer(self, name: str, schema: pa.Schema, key: str, flush_bytes: int = DEALT_BYTES) -> Dealer:
         """Writes the pieces of `name`, all at once; a row goes to the partition of its `key`."""
         self._folder.filesystem.create_dir(self._folder.path, recursive=True)
         paths = [f"{self._folder.path}/{self._file(name, partition)}" for partition in range(self.partitions)]
-        return Dealer([self._folder.filesystem.open_output_stream(path) for path in paths], schema, key)
+        return Dealer([self._folder.filesystem.open_output_stream(path) for path in paths], schema, key, flush_bytes)
 
     def places(self, identifiers: pl.Series) -> npt.NDArray[np.int64]:
         """The partitions that users or items belong to: [n]."""

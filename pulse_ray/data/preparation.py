@@ -36,6 +36,7 @@ from pulse_ray.data.sources import RAW_INTERACTIONS, RAW_ITEMS, Chunk, Row, read
 from pulse_ray.data.splitting import Rows, leave_two_out, temporal
 from pulse_ray.data.synthetic import Shop
 from pulse_ray.data.tidy import tidy_item
+from pulse_ray.errors import DataError
 from pulse_ray.progress import ReportGuard
 from pulse_ray.schema import INTERACTION, TABLES, Reject, Split
 from pulse_ray.seeding import derive
@@ -47,6 +48,9 @@ ITEM_COUNTS = ("items", "made_titles", "without_text")
 
 IN_ORDER = "in-order"
 """A note that a domain's rows come in the order of their users' sequences."""
+
+TEXT_BYTES = 2**31 - 1
+"""Bytes of text that one arrow array of strings can address."""
 
 _FILE = 2**40
 """More than any file has lines: an order among the lines of several files."""
@@ -208,13 +212,22 @@ def _rows(stage: StageRun, pieces: Pieces, partition: int, columns: Sequence[str
 def _gather(stage: StageRun, pieces: Pieces, partition: int, wanted: npt.NDArray[np.uint32]) -> pa.Table:
     """The raw rows with some numbers, in their order; what is not wanted is dropped batch by batch."""
     ordered = np.sort(wanted)
-    kept, start = [RAW_INTERACTIONS.empty_table()], 0
+    kept, start, text_bytes = [RAW_INTERACTIONS.empty_table()], 0, 0
     for file in range(len(_files(stage, pieces.domain))):
         for batch in pieces.batches(f"rows-{file:04d}", partition):
             first, last = np.searchsorted(ordered, [start, start + batch.num_rows])
             if last > first:
-                kept.append(pa.Table.from_batches([batch.take(pa.array(ordered[first:last] - np.uint32(start)))]))
+                rows = batch.take(pa.array(ordered[first:last] - np.uint32(start)))
+                kept.append(pa.Table.from_batches([rows]))
+                text_bytes += pc.sum(pc.binary_length(rows.column("review"))).as_py() or 0
             start += batch.num_rows
+    if text_bytes > TEXT_BYTES:
+        needed = 2 ** (pieces.partitions * text_bytes // TEXT_BYTES).bit_length()
+        raise DataError(
+            f"domain '{stage.config.prepare.domains[pieces.domain].name}': the reviews of partition {partition} have "
+            f"{text_bytes:,} bytes, and a partition can hold {TEXT_BYTES:,}",
+            remedy=f"Set prepare.partitions={needed}, or lower prepare.max_review_chars",
+        )
     return pa.concat_tables(kept).combine_chunks().take(pa.array(np.searchsorted(ordered, wanted)))
 
 
@@ -246,7 +259,7 @@ def _write_examples(
     users: pa.ChunkedArray,
     steps: pa.StructArray,
 ) -> None:
-    """The examples of one split, in parts of `shard_examples`.
+    """The examples of one split, in shards of `shard_examples`, or fewer where their reviews exceed `TEXT_BYTES`.
 
     Args:
         targets: rows of `steps` that are targets.
@@ -254,11 +267,13 @@ def _write_examples(
     """
     prepare = stage.config.prepare
     name = prepare.domains[domain].name
-    firsts = starts[np.searchsorted(starts, targets, side="right") - 1]
-    for chunk, first in enumerate(range(0, len(targets), prepare.shard_examples)):
-        at = targets[first : first + prepare.shard_examples]
-        places = at - firsts[first : first + prepare.shard_examples]
-        lengths = np.minimum(places, prepare.max_sequence)
+    all_places = targets - starts[np.searchsorted(starts, targets, side="right") - 1]
+    all_lengths = np.minimum(all_places, prepare.max_sequence)
+    review_lengths = pc.fill_null(pc.binary_length(steps.field("review")), 0).to_numpy()
+    review_ends = np.concatenate([[0], np.cumsum(review_lengths, dtype=np.int64)])
+    review_bytes = review_ends[targets] - review_ends[targets - all_lengths]
+    for chunk, (first, last) in enumerate(_shards(review_bytes, prepare.shard_examples)):
+        at, places, lengths = targets[first:last], all_places[first:last], all_lengths[first:last]
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         within = np.arange(offsets[-1]) + np.repeat(at - lengths - offsets[:-1], lengths)
         histories = pa.ListArray.from_arrays(
@@ -276,6 +291,17 @@ def _write_examples(
         ]
         table = pa.Table.from_arrays(columns, schema=TABLES["examples"])
         stage.output("examples").write(f"{part}-{_number(stage, domain, partition):04d}-{chunk:04d}", table)
+
+
+def _shards(review_bytes: Rows, most: int) -> Iterator[tuple[int, int]]:
+    """Bounds of consecutive shards of at most `most` examples and `TEXT_BYTES` of reviews, but of one at least."""
+    ends, first = np.cumsum(review_bytes), 0
+    while first < len(ends):
+        before = ends[first - 1] if first else 0
+        fitting = int(np.searchsorted(ends, before + TEXT_BYTES, side="right"))
+        last = max(first + 1, min(first + most, fitting))
+        yield first, last
+        first = last
 
 
 def tally(stage: StageRun, domain: int) -> Counts:

@@ -234,7 +234,7 @@ def _curves(stage: StageRun) -> Iterator[Curve]:
             title=title,
             protocol=protocol_of(variant, stage.config) if variant else "deployable",
             best_step=record["best_step"],
-            steps=record["steps"][-1]["step"],
+            steps=record["evaluations"][-1]["step"],
             plot=plots.training_curves(record, name=title),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,13 +34,18 @@ class RankData:
     candidates: Artefact
     reasons: Artefact
 
+    @cached_property
+    def _reasoned(self) -> frozenset[Part]:
+        """Shards that have reasons, listed once: a folder may hold thousands."""
+        return frozenset(self.reasons.parts())
+
     def rows(self, part: Part, variant: Variant, items: catalogue.Catalogue) -> Iterator[tuple[RankRow, int]]:
         """The examples of a part as a variant sees them, with the place of the target among the candidates.
 
         An example whose tree was rejected has no reason, and is ranked without one.
         """
         reasons: dict[str, str] = {}
-        if variant != "none" and part in self.reasons.parts():
+        if variant != "none" and part in self._reasoned:
             for row in self.reasons.read(part, ["example_id", "selector", "text"]).to_pylist():
                 if row["selector"] == variant:
                     reasons[row["example_id"]] = row["text"]

@@ -26,11 +26,12 @@ class Reasons:
             users.append(pc.list_element(pieces, 0))
             positions.append(pc.cast(pc.list_element(pieces, 1), pa.int64()))
             texts.append(chosen.column("text"))
+        # All texts together may exceed the 2 GiB that the offsets of `string` can address.
         found = pa.table(
             {
                 "user": _column(users, pa.string()),
                 "position": _column(positions, pa.int64()),
-                "text": _column(texts, pa.string()),
+                "text": _column(texts, pa.large_string()),
             }
         ).sort_by([("position", "descending")])
         self._users, self._texts = found.column("user"), found.column("text")
@@ -45,4 +46,4 @@ class Reasons:
 
 
 def _column(pieces: Sequence[pa.ChunkedArray], kind: pa.DataType) -> pa.ChunkedArray:
-    return pa.chunked_array([chunk for piece in pieces for chunk in piece.chunks], type=kind)
+    return pa.chunked_array([chunk.cast(kind) for piece in pieces for chunk in piece.chunks], type=kind)

@@ -46,7 +46,7 @@ def run(config: Config) -> None:
         )
     from pulse_ray.serving import app
 
-    console.print(f"Filling the profile store {store_address(config)}", highlight=False)
+    console.print(f"Filling the profile store {store_address(config)}", highlight=False, markup=False)
     written = fill(config)
     console.print(f"      {written:,} profiles" if written else "      filled already", highlight=False)
     console.print(f"Starting: variant '{config.ranker.served(config.serve.variant)}'", highlight=False)

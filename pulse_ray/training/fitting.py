@@ -194,7 +194,7 @@ def _watched(trainer: TorchTrainer, told_on: Any, bar: Bar, curves: _Curves) -> 
     def show() -> None:
         told, notices = ray.get(told_on.take.remote())
         for notice in notices:
-            console.print(notice)
+            console.print(notice, markup=False, highlight=False)
         for news in told:
             curves.add(news)
             bar.total = news.total
@@ -209,6 +209,7 @@ def _watched(trainer: TorchTrainer, told_on: Any, bar: Bar, curves: _Curves) -> 
     while thread.is_alive():
         thread.join(timeout=1.0)
         guard.run(show)
+    guard.run(show)  # The last steps may have ended during an upload of the curves.
     return outcome[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -48,7 +49,7 @@ class Plan:
     def batch(self, seed: int, step: int) -> np.ndarray:
         """Indices of the examples in optimizer step `step`: [at most batch_size]."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng(derive(seed, "order", epoch)).permutation(self.examples)
+        order = _order(derive(seed, "order", epoch), self.examples)
         size = self.config.batch_size
         return order[place * size : (place + 1) * size]
 
@@ -62,3 +63,11 @@ class Plan:
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, self.total_steps - warmup))))
+
+
+@lru_cache(maxsize=1)
+def _order(seed: int, examples: int) -> np.ndarray:
+    """Random order of the examples in an epoch. Kept for the epoch's steps: ten million take 0.4 s to shuffle."""
+    order = np.random.default_rng(seed).permutation(examples)
+    order.flags.writeable = False
+    return order

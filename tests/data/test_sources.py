@@ -115,9 +115,13 @@ def test_identity_follows_the_file(tmp_path: Path) -> None:
     domain = amazon(path)
     assert of(domain) == "missing"
     path.write_text("{}")
+    uri = amazon(path)
+    uri["source"]["interactions"] = path.as_uri()
     before = of(domain)
+    assert of(uri) == before
     path.write_text("{} ")
     assert of(domain) not in (before, "missing")
+    assert of(uri) == of(domain)
     assert of(SYNTHETIC) == ""
     address = "https://data.example/x.json.gz"
     assert of({"name": "far", "source": {"kind": "amazon2018", "interactions": address}}) == address
@@ -134,6 +138,9 @@ class _Host(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         wanted = self.headers.get("Range")
         self.asked.append(wanted)
+        if "busy" in self.path and len(self.asked) <= 2:
+            self.send_error(503 if len(self.asked) == 1 else 429)
+            return
         if "absent" in self.path:
             self.send_error(404)
             return
@@ -174,6 +181,11 @@ def test_a_broken_download_goes_on_where_it_stopped(host: str, tmp_path: Path) -
     part = path.with_name("reviews.json.gz.part")
     path.rename(part)  # All bytes had come, and the process died before it could say so.
     assert fetch(f"{host}/a/reviews.json.gz", tmp_path, pause_s=0).read_bytes() == CONTENT
+
+
+def test_a_host_that_is_busy_is_asked_again(host: str, tmp_path: Path) -> None:
+    assert fetch(f"{host}/busy.gz?version=2", tmp_path, pause_s=0).read_bytes() == CONTENT
+    assert _Host.asked == [None, None, None, "bytes=4000-", "bytes=8000-"]
 
 
 def test_downloads_that_cannot_succeed_say_why(host: str, tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_args
@@ -15,6 +17,7 @@ from pulse_ray.config import Selector
 from pulse_ray.evaluation import report
 from pulse_ray.evaluation.protocol import Tally, metric_rows, models
 from pulse_ray.evaluation.stage import ScoreWorker
+from pulse_ray.workspace import StageRun
 
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 
@@ -43,9 +46,12 @@ class Outline(HTMLParser):
         self.text.append(data)
 
 
-def _render(folder: Path, protocol: str = "deployable", **sections: Any) -> str:
+def _render(
+    folder: Path, protocol: str = "deployable", change: Callable[[StageRun], None] = lambda stage: None, **sections: Any
+) -> str:
     select = {"protocol": protocol, **sections.pop("select", {})}
     stage = fake_run.make(fake_run.config(folder, select=select, **sections))
+    change(stage)
     worker, tally = ScoreWorker(stage, fake_run.MotiveScorer), Tally()
     for part in stage.input("examples").parts("test"):
         made = worker(part)
@@ -161,3 +167,17 @@ def test_every_selector_is_named_in_words_and_a_beam_is_seen(tmp_path: Path) -> 
     assert "encoder_base</" not in page
     assert "left behind by the beam" in page
     assert "agreement +0.380" in page
+
+
+def test_training_that_stopped_before_its_first_loss_point_is_reported(tmp_path: Path) -> None:
+    """Losses are noted 200 times in a run; one of many epochs may end earlier."""
+
+    def forget_losses(stage: StageRun) -> None:
+        folders = [f"{variant}/" for variant in stage.config.ranker.variants]
+        for artifact, folder in [("sasrec", ""), ("encoders", ""), *(("ranker", folder) for folder in folders)]:
+            record = json.loads(stage.input(artifact).read_bytes(f"{folder}training.json") or b"")
+            record["steps"] = []
+            stage.input(artifact).write_bytes(f"{folder}training.json", json.dumps(record).encode())
+
+    page = _render(tmp_path, change=forget_losses, evaluate={"bootstrap_samples": 50})
+    assert "best at step 80 of 120" in page
