@@ -10,7 +10,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos check bench clean
+.PHONY: help setup demo test coverage chaos check smoke bench clean
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -32,6 +32,18 @@ demo: setup ## run the whole pipeline on the synthetic shop and print its metric
 test: setup ## run the tests (ARGS="-k config" passes arguments to pytest)
 	$(BIN)/python -m pytest $(ARGS)
 
+# Ray's workers, Serve's replicas and every command that a test starts are measured too: coverage's `subprocess` patch
+# reaches each Python process, and COVERAGE_FILE names one place for their data whatever their working folder is.
+coverage: export COVERAGE_FILE := $(CURDIR)/.coverage/data
+coverage: export PYTHONPATH := $(CURDIR)/.ci
+coverage: setup ## run the tests, report line and branch coverage, and check that every uncovered line has a reason
+	@rm -rf .coverage && mkdir -p .coverage
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage json --quiet -o .coverage/coverage.json
+	$(BIN)/coverage report --skip-covered --show-missing
+	$(BIN)/python .ci/uncovered.py .coverage/coverage.json docs/uncovered.md
+
 chaos: setup ## kill drivers, engines and nodes at random while trees grow: a quarter of an hour
 	$(BIN)/python -m pytest -m chaos tests/generation/test_chaos.py $(ARGS)
 
@@ -39,6 +51,15 @@ check: setup ## check format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+smoke: setup ## run every benchmark at its smallest sizes: each path, no figures
+	@failed=0; for file in benchmarks/[!_]*.py; do \
+	  name=$$(basename $$file .py); started=$$SECONDS; \
+	  if $(BIN)/python -m benchmarks.$$name --smoke > .smoke.out 2> .smoke.log && \
+	    tail -n 1 .smoke.out | $(BIN)/python -c 'import json, sys; json.load(sys.stdin)["figures"]'; \
+	  then echo "benchmarks.$$name --smoke: passed in $$((SECONDS - started)) s"; \
+	  else failed=1; tail -n 40 .smoke.log; echo "benchmarks.$$name --smoke: failed"; fi; \
+	done; rm -f .smoke.out .smoke.log; exit $$failed
 
 bench: setup ## run every benchmark and keep its last line in benchmarks/results/
 	@mkdir -p benchmarks/results; failed=0; shopt -s nullglob; \

@@ -212,6 +212,7 @@ def run_shards(
     in_flight: int = 1,
     title: str,
     follow: Follow = rates,
+    parts_at_once: int = PARTS_AT_ONCE,
 ) -> dict[str, float]:
     """Makes the parts that the stage's outputs lack.
 
@@ -223,6 +224,7 @@ def run_shards(
         in_flight: parts that one actor works on at once (for workers whose call is async).
         title: what the progress line says.
         follow: is called after each part.
+        parts_at_once: most parts that Ray Data is handed in one dataset.
 
     Returns:
         The workers' figures added up, over the parts made in this call.
@@ -238,8 +240,8 @@ def run_shards(
     started = time.monotonic()
     with Bar(title, len(parts), "parts", stage.config.cluster.log_interval_s) as bar:
         bar.skip(len(parts) - len(todo))
-        for start in range(0, len(todo), PARTS_AT_ONCE):
-            chunk, committer = todo[start : start + PARTS_AT_ONCE], (stage, outputs, worker, args)
+        for start in range(0, len(todo), parts_at_once):
+            chunk, committer = todo[start : start + parts_at_once], (stage, outputs, worker, args)
             made = _through_pool(chunk, _Committer, committer, stage.config.cluster, pool, in_flight)
             for row in made.iter_rows():
                 if row["error"] is not None:
@@ -250,7 +252,13 @@ def run_shards(
 
 
 def map_parts(
-    stage: StageRun, parts: Sequence[Part], worker: Callable[..., PartWorker], *args: Any, pool: PoolConfig, title: str
+    stage: StageRun,
+    parts: Sequence[Part],
+    worker: Callable[..., PartWorker],
+    *args: Any,
+    pool: PoolConfig,
+    title: str,
+    parts_at_once: int = PARTS_AT_ONCE,
 ) -> Iterator[Any]:
     """What a pool's actors say of each part, in the order in which they are done with them.
 
@@ -261,13 +269,14 @@ def map_parts(
         worker: class of the actors' work; called with `*args`.
         pool: how many actors, and what each takes of the cluster.
         title: what the progress line says.
+        parts_at_once: as for `run_shards`.
 
     Raises:
         PulseError: as raised by a worker.
     """
     with Bar(title, len(parts), "parts", stage.config.cluster.log_interval_s) as bar:
-        for start in range(0, len(parts), PARTS_AT_ONCE):
-            chunk = parts[start : start + PARTS_AT_ONCE]
+        for start in range(0, len(parts), parts_at_once):
+            chunk = parts[start : start + parts_at_once]
             for row in _through_pool(chunk, _Caller, (worker, args), stage.config.cluster, pool, 1).iter_rows():
                 if row["error"] is not None:
                     raise from_values(row["error"])

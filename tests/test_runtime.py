@@ -64,10 +64,9 @@ def test_answers_and_errors_of_actors_reach_the_caller(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_more_parts_than_ray_is_handed_at_once_are_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "PARTS_AT_ONCE", 2)
+def test_more_parts_than_ray_is_handed_at_once_are_answered(tmp_path: Path) -> None:
     run = stage("tree", tmp_path, {}, {})
-    answers = runtime.map_parts(run, ["a", "b", "c"], Counting, 4, pool=PoolConfig(), title="test")
+    answers = runtime.map_parts(run, ["a", "b", "c"], Counting, 4, pool=PoolConfig(), title="test", parts_at_once=2)
     # The actor of the second round has seen nothing of the first.
     assert list(answers) == [{"a": 5}, {"b": 6}, {"c": 5}]
 
@@ -84,11 +83,10 @@ class Rejecting:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_more_parts_than_ray_is_handed_at_once_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "PARTS_AT_ONCE", 2)
+def test_more_parts_than_ray_is_handed_at_once_are_made(tmp_path: Path) -> None:
     parts = [f"train-0000-{number:04d}" for number in range(5)]
     run = stage("tree", tmp_path, {}, {})
-    assert run_shards(run, parts, Rejecting, pool=PoolConfig(), title="test") == {"examples": 5}
+    assert run_shards(run, parts, Rejecting, pool=PoolConfig(), title="test", parts_at_once=2) == {"examples": 5}
     assert run.output("thoughts").parts() == run.rejects.parts() == parts
 
 

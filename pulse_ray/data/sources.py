@@ -259,6 +259,8 @@ def _flat(ours: str, part: pl.Series) -> pl.Series:
         DataError: they are neither.
     """
     try:
+        if isinstance(part.dtype, pl.Struct):  # Polars would print its fields, and ids would be made of that.
+            raise pl.exceptions.InvalidOperationError("a struct has no text of its own")
         if isinstance(part.dtype, pl.List):
             return part.cast(pl.List(pl.String)).list.join(" ", ignore_nulls=True)
         if isinstance(part.dtype, pl.Datetime | pl.Date):
