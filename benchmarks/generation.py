@@ -2,6 +2,7 @@
 
     python -m benchmarks.generation            # SmolLM2-135M and a tiny random model: about 45 minutes on two cores
     python -m benchmarks.generation --quick    # the tiny model and 16 users: some minutes
+    python -m benchmarks.generation --smoke    # the tiny model, two users and trees of two thoughts: paths, not figures
 
 All three grow the same trees with the same code, prompts, seeds and engine settings; what differs is who carries the
 prompts to an engine and when. Ours is the `tree` stage on a local Ray. The ceiling is `vllm.LLM.generate`, one call for
@@ -29,11 +30,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import report
+from benchmarks._report import Size, parser, report, size
 from pulse_ray import catalogue, models
 from pulse_ray.config import Config, EngineConfig, SamplingConfig
 from pulse_ray.generation.engine import CPU_BLOCK_TOKENS, Completion, Engine, prepare_environment, vllm_arguments
@@ -48,8 +50,6 @@ from tests.histories import configure, tree_run
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SYSTEMS = ("ceiling", "ours", "ray_data_llm")
-BREADTHS = (3, 3)
-MAX_TOKENS = 32
 WARMING = "Once"
 """What an engine reads first; it is not measured."""
 
@@ -65,28 +65,62 @@ Request = tuple[str, int, int]
 """A prompt, how many completions, and the seed of the first."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Which trees to grow, with which models, and how often."""
+
+    only: str | None
+    """One of the two models; None stands for what the command line says."""
+    turns: int | None
+    """Times that ours and the ceiling run; None stands for what the command line says."""
+    users: int
+    breadths: tuple[int, ...]
+    max_tokens: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the systems' processes."""
+
+
+FULL = Sizes(only=None, turns=None, users=64, breadths=(3, 3), max_tokens=32)
+QUICK = replace(FULL, only="tiny", turns=1, users=16)
+# Compiling a part of the sampler, and a process for the ceiling's engine, take longer than the generation itself.
+SMOKE = replace(
+    QUICK,
+    users=2,
+    breadths=(1,),
+    max_tokens=8,
+    environment={"TORCH_COMPILE_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+)
+SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
+
+
 def main() -> int:
-    """Measures every model and prints the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the tiny model alone, 16 users, one turn")
-    parser.add_argument("--turns", type=int, default=2, help="times that ours and the ceiling run, in turn (default 2)")
-    parser.add_argument("--engines", type=int, default=os.cpu_count(), help="engines of ours (default: one for a core)")
-    parser.add_argument("--only", choices=("tiny", "smollm2"), help="one of the two models")
-    parser.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)
-    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Measure every model and print the report."""
+    command_line = parser("generation", __doc__, quick="the tiny model alone, 16 users, one turn: some minutes")
+    command_line.add_argument(
+        "--turns", type=int, default=2, help="times that ours and the ceiling run in the full size (default 2)"
+    )
+    command_line.add_argument(
+        "--engines", type=int, default=os.cpu_count(), help="engines of ours (default: one for a core)"
+    )
+    command_line.add_argument("--only", choices=("tiny", "smollm2"), help="one of the two models in the full size")
+    command_line.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)
+    command_line.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
+    options = command_line.parse_args()
     if options.child:
         print(json.dumps(_measure(options.child, **options.settings)))
         return 0
+    chosen = size(options)
+    sizes = SIZES[chosen]
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
         both = {"tiny": str(tiny.make(Path(folder) / "tiny")), "smollm2": SMOLLM2}
-        only = "tiny" if options.quick else options.only
-        chosen = {name: model for name, model in both.items() if only in (None, name)}
-        users, turns = (16, 1) if options.quick else (64, options.turns)
-        for name, model in chosen.items():
-            figures[name] = _compare({"model": model, "users": users, "engines": options.engines}, turns)
-    return report("generation", figures, _bars(figures))
+        only = sizes.only or options.only
+        turns = options.turns if sizes.turns is None else sizes.turns
+        for name, model in both.items():
+            if only in (None, name):
+                settings = {"model": model, "chosen": chosen, "engines": options.engines}
+                figures[name] = _compare(settings, turns, sizes)
+    return report("generation", chosen, figures, _bars(figures))
 
 
 def _bars(figures: Figures) -> dict[str, dict[str, Any]]:
@@ -101,12 +135,12 @@ def _bars(figures: Figures) -> dict[str, dict[str, Any]]:
     return bars
 
 
-def _compare(settings: Figures, turns: int) -> Figures:
+def _compare(settings: Figures, turns: int, sizes: Sizes) -> Figures:
     runs: dict[str, list[Figures]] = {system: [] for system in SYSTEMS}
     for turn in range(turns):
         # ray.data.llm, which is far from the bar and starts three engines, runs once.
         for system in SYSTEMS if turn == 0 else ("ours", "ceiling"):
-            found = _child(system, settings)
+            found = _child(system, settings, sizes)
             print(f"{settings['model']}, {system}: {found}", file=sys.stderr, flush=True)
             runs[system].append(found)
     return {system: _median(found) for system, found in runs.items()}
@@ -119,22 +153,25 @@ def _median(runs: Sequence[Figures]) -> Figures:
     return {**middle, "tokens_per_s_of_all_runs": rates}
 
 
-def _child(system: str, settings: Figures) -> Figures:
+def _child(system: str, settings: Figures, sizes: Sizes) -> Figures:
     command = [sys.executable, "-m", "benchmarks.generation", "--child", system, "--settings", json.dumps(settings)]
     root = str(Path(__file__).parents[1])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, check=True, cwd=root)
+    environment = {**os.environ, **sizes.environment, "PYTHONPATH": root}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, cwd=root)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _measure(system: str, model: str, users: int, engines: int) -> Figures:
-    sampling = {"max_tokens": MAX_TOKENS, "attempts": 1, "gates": []}
+def _measure(system: str, model: str, chosen: Size, engines: int) -> Figures:
+    sizes = SIZES[chosen]
+    users = sizes.users
+    sampling = {"max_tokens": sizes.max_tokens, "attempts": 1, "gates": []}
     # The budget of blocks is no matter here: every prompt and its tree fit at once.
     engine = {"model": model, "dtype": "float32", "max_model_len": 1024, "max_num_seqs": 128, "kv_cache_gb": 4.0}
     engines = min(engines, users // PARTS_IN_FLIGHT)  # Each gets a part, or the others would wait for it for ever.
     if system == "ours":
         threads = max(1, (os.cpu_count() or 1) // engines)
         engine |= {"threads": threads, "pool": {"min": engines, "max": engines}, "shards_in_flight": PARTS_IN_FLIGHT}
-    settings = {"seed": SEED, "engine": engine, "tree": {"breadths": BREADTHS, "sampling": sampling}}
+    settings = {"seed": SEED, "engine": engine, "tree": {"breadths": sizes.breadths, "sampling": sampling}}
     with tempfile.TemporaryDirectory() as folder:
         part_users = users // (PARTS_IN_FLIGHT * engines)
         stage = tree_run(Config.model_validate(configure(Path(folder), users, settings)), part_users)

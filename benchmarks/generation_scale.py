@@ -2,6 +2,7 @@
 
     python -m benchmarks.generation_scale            # 400, 1,600 and 6,400 users: about 20 minutes on two cores
     python -m benchmarks.generation_scale --quick    # 400 and 1,600: with fewer, the few parts that count end in pairs
+    python -m benchmarks.generation_scale --smoke    # 8 and 16: the paths, not the figures
 
 The real command grows trees of 3 × 3 with a tiny random model, so that all but the model weighs as much as it can. Time
 runs from the first part that is committed to the last, over all parts but the first ones that were in flight together;
@@ -11,13 +12,14 @@ the users: its last sample is compared with the one when a tenth of the parts wa
 
 from __future__ import annotations
 
-import argparse
 import math
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,11 @@ import numpy as np
 import psutil
 import yaml
 
-from benchmarks._report import report
+from benchmarks._report import Size, parser, report, size
 from pulse_ray.config import load
 from tests import tiny
 from tests.histories import configure, tree_run
 
-USERS = (400, 1600, 6400)
-PART_USERS = 32
 IN_FLIGHT = 2
 SEED = 13
 MAX_EXPONENT = 1.05
@@ -41,18 +41,35 @@ SETTLED = 0.1
 Figures = dict[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many users to grow trees for, and in shards of how many."""
+
+    users: tuple[int, ...]
+    """Of each run of the command."""
+    shard_users: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the command's process."""
+
+
+FULL = Sizes(users=(400, 1600, 6400), shard_users=32)
+QUICK = replace(FULL, users=FULL.users[:2])
+# Compiling a part of the sampler takes longer than the generation itself.
+SMOKE = Sizes(users=(8, 16), shard_users=2, environment={"TORCH_COMPILE_DISABLE": "1"})
+SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
+
+
 def main() -> int:
-    """Measures every size and prints the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="400 and 1,600 users")
-    sizes = USERS[:2] if parser.parse_args().quick else USERS
+    """Measure every number of users and print the report."""
+    chosen = size(parser("generation_scale", __doc__, quick="400 and 1,600 users").parse_args())
+    sizes = SIZES[chosen]
     with tempfile.TemporaryDirectory() as folder:
         model = str(tiny.make(Path(folder) / "tiny"))
         runs = []
-        for users in sizes:
-            runs.append(_run(Path(folder) / str(users), users, model))
+        for users in sizes.users:
+            runs.append(_run(Path(folder) / str(users), users, model, sizes))
             print(runs[-1], file=sys.stderr, flush=True)
-    return report("generation_scale", {"runs": runs}, _bars(runs))
+    return report("generation_scale", chosen, {"runs": runs}, _bars(runs))
 
 
 def _bars(runs: Sequence[Figures]) -> dict[str, dict[str, Any]]:
@@ -66,19 +83,19 @@ def _bars(runs: Sequence[Figures]) -> dict[str, dict[str, Any]]:
     }
 
 
-def _run(folder: Path, users: int, model: str) -> Figures:
+def _run(folder: Path, users: int, model: str, sizes: Sizes) -> Figures:
     """The command over so many users: seconds for all of them at the rate of its steady part."""
     folder.mkdir()
     config = folder / "experiment.yaml"
     config.write_text(yaml.safe_dump(configure(folder, users, _settings(model))))
-    stage = tree_run(load(config), PART_USERS)
-    parts = math.ceil(users / PART_USERS)
+    stage = tree_run(load(config), sizes.shard_users)
+    parts = math.ceil(users / sizes.shard_users)
     thoughts = Path(stage.output("thoughts").path)
     samples: list[tuple[int, float]] = []
     started = time.monotonic()
     with (folder / "log").open("w") as log:
         command = [sys.executable, "-m", "pulse_ray.cli", "tree", str(config)]
-        driver = subprocess.Popen(command, stdout=log, stderr=log)
+        driver = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **sizes.environment})
         process = psutil.Process(driver.pid)
         while driver.poll() is None:
             samples.append((len(list(thoughts.glob("*.parquet"))), process.memory_info().rss / 2**20))

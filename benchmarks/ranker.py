@@ -2,6 +2,7 @@
 
     python -m benchmarks.ranker            # SmolLM2-135M and a Phi-3 of 12M parameters: about an hour on two cores
     python -m benchmarks.ranker --quick    # the Phi-3, 10 candidates, fp32
+    python -m benchmarks.ranker --smoke    # the Phi-3, fp32, one turn, vLLM not compiled: the paths, not the figures
 
 Prompts have 400 tokens and candidates 24, all of them random. The peers are a sequence for each candidate in the same
 framework, in batches of the size that is fastest here, in scoring and in training, and in scoring with passes beside
@@ -24,7 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -33,48 +35,90 @@ import torch
 from torch.nn import functional as F
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from benchmarks._report import report
+from benchmarks._report import Size, parser, report, size
 from pulse_ray.config import CPU_TOKENS, RankerConfig
 from pulse_ray.ranker import attention, model
 from pulse_ray.ranker.packing import TokenRow, pack
 from pulse_ray.ranker.scorer import Scorer, in_threads
 
 PROMPT, CANDIDATE = 400, 24
-COUNTS = (10, 20, 100)
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-PRECISIONS = ("fp32", "bf16")
-AT_ONCE = (1, 5, 10)
-"""Sequences in a batch, of which the separate peer has the best."""
-THREADS = (1, 2)
-"""Batches of that peer beside each other, of which it has the better."""
-STEP_TOKENS = (1024, 4096)
-"""Tokens in a step of vLLM, of which it has the better; it would take 4,096."""
 VOCABULARY = 30_000
-TURNS = 3
 Figures = dict[str, Any]
 Way = TypeVar("Way")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What to measure, among which ways, and how often."""
+
+    only: str | None
+    """One of the two models; None stands for what the command line says."""
+    precisions: tuple[str, ...]
+    counts: tuple[int, ...]
+    """Candidates of a user."""
+    turns: int
+    turn_candidates: int
+    """Candidates of all users in a turn, of at least two users, in the systems that compute prompts once."""
+    at_once: tuple[int, ...]
+    """Sequences in a batch, of which the separate peer has the best."""
+    threads: tuple[int, ...]
+    """Batches of that peer beside each other, of which it has the better."""
+    step_tokens: tuple[int, ...]
+    """Tokens in a step of vLLM, of which it has the better; it would take 4,096."""
+    compiled: bool
+    """Whether vLLM compiles the model."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables of the processes beside this one."""
+
+
+FULL = Sizes(
+    only=None,
+    precisions=("fp32", "bf16"),
+    counts=(10, 20, 100),
+    turns=3,
+    turn_candidates=80,
+    at_once=(1, 5, 10),
+    threads=(1, 2),
+    step_tokens=(1024, 4096),
+    compiled=True,
+)
+QUICK = replace(FULL, only="phi3", precisions=("fp32",), counts=(10,))
+# Compiling, and a process for vLLM's engine beside that of its client, take longer than all else.
+SMOKE = replace(
+    QUICK,
+    counts=(10, 100),
+    turns=1,
+    turn_candidates=20,
+    at_once=(5,),
+    step_tokens=(1024,),
+    compiled=False,
+    environment={"TORCH_COMPILE_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+)
+SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
+
+
 def main() -> int:
-    """Measures both models and prints the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the Phi-3, 10 candidates, fp32")
-    parser.add_argument("--only", choices=("smollm2", "phi3"), help="one of the two models")
-    parser.add_argument("--child", choices=("vllm", "memory"), help=argparse.SUPPRESS)
-    parser.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Measure both models and print the report."""
+    command_line = parser("ranker", __doc__, quick="the Phi-3, 10 candidates, fp32")
+    command_line.add_argument("--only", choices=("smollm2", "phi3"), help="one of the two models in the full size")
+    command_line.add_argument("--child", choices=("vllm", "memory"), help=argparse.SUPPRESS)
+    command_line.add_argument("--settings", type=json.loads, help=argparse.SUPPRESS)
+    options = command_line.parse_args()
     if options.child:
         {"vllm": _serve_vllm, "memory": _memory}[options.child](**options.settings)
         return 0
-    only = "phi3" if options.quick else options.only
+    chosen = size(options)
+    sizes = SIZES[chosen]
+    only = sizes.only or options.only
     figures: Figures = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("smollm2", "phi3"):
-            for precision in PRECISIONS[: 1 if options.quick else 2]:
+            for precision in sizes.precisions:
                 if only in (None, name):
                     case = Case(Path(folder) / name / precision, name, precision)
-                    figures[f"{name}_{precision}"] = _compare(case, COUNTS[:1] if options.quick else COUNTS)
-    return report("ranker", figures, _bars(figures))
+                    figures[f"{name}_{precision}"] = _compare(case, sizes)
+    return report("ranker", chosen, figures, _bars(figures))
 
 
 class Case:
@@ -126,34 +170,36 @@ def _users(count: int, candidates: int, seed: int) -> list[TokenRow]:
     ]
 
 
-def _compare(case: Case, counts: tuple[int, ...]) -> Figures:
+def _compare(case: Case, sizes: Sizes) -> Figures:
     scorer = Scorer(case.folder / "adapter", case.config, {})
-    ways = {(size, threads): _separate(scorer, size, threads) for size in AT_ONCE for threads in THREADS}
-    separate = _fastest(ways, _users(1, counts[0], 0))
+    ways = {
+        (at_once, threads): _separate(scorer, at_once, threads)
+        for at_once in sizes.at_once
+        for threads in sizes.threads
+    }
+    separate = _fastest(ways, _users(1, sizes.counts[0], 0))
     found: Figures = {}
     with contextlib.ExitStack() as engines:
-        vllm = {tokens: engines.enter_context(_Vllm(case, tokens)) for tokens in STEP_TOKENS}
-        for count in counts:
-            found[str(count)] = _scored(scorer, count, separate, vllm)
+        vllm = {tokens: engines.enter_context(_Vllm(case, tokens, sizes)) for tokens in sizes.step_tokens}
+        for count in sizes.counts:
+            found[str(count)] = _scored(scorer, count, separate, vllm, sizes)
             print(case.name, case.precision, count, found[str(count)], file=sys.stderr, flush=True)
-    found["training"] = _trained(case) | {f"{how}_peak_mib": _peak_mib(case, how) for how in ("packed", "separate")}
+    trained = _trained(case, sizes)
+    found["training"] = trained | {f"{how}_peak_mib": _peak_mib(case, how, sizes) for how in ("packed", "separate")}
     print(case.name, case.precision, found["training"], file=sys.stderr, flush=True)
     return found
 
 
-def _load(candidates: int) -> int:
-    """Users in a turn of the systems that compute prompts once."""
-    return max(2, 80 // candidates)
-
-
-def _scored(scorer: Scorer, candidates: int, separate: tuple[int, int], vllm: dict[int, _Vllm]) -> Figures:
+def _scored(
+    scorer: Scorer, candidates: int, separate: tuple[int, int], vllm: dict[int, _Vllm], sizes: Sizes
+) -> Figures:
     """Users per second of every system, and how far their logits are from those of separate sequences.
 
     Args:
         separate: of that peer, sequences in a batch, and batches beside each other.
         vllm: its engines, by the tokens in a step.
     """
-    load = _load(candidates)
+    load = max(2, sizes.turn_candidates // candidates)
     systems: dict[str, tuple[Callable[[list[TokenRow]], Any], int]] = {
         "packed": (lambda users: scorer.score_tokens(users, CPU_TOKENS), load),
         "separate": (_separate(scorer, *separate), 1),
@@ -165,7 +211,7 @@ def _scored(scorer: Scorer, candidates: int, separate: tuple[int, int], vllm: di
     for name, (score, users) in systems.items():
         if name != "separate":  # That one is warm, and slow.
             score(_users(users, candidates, 0))
-    for turn in range(1, 1 + TURNS):
+    for turn in range(1, 1 + sizes.turns):
         for name, (score, users) in systems.items():
             rows = _users(users, candidates, turn)
             started = time.perf_counter()
@@ -276,7 +322,7 @@ def _mask_row_by_row(user: TokenRow) -> torch.Tensor:
     return mask
 
 
-def _trained(case: Case) -> Figures:
+def _trained(case: Case, sizes: Sizes) -> Figures:
     """Steps per second of one user, packed and separate, and how far their gradients are apart."""
     ranker = model.create(case.config)
     torch.manual_seed(0)
@@ -284,14 +330,14 @@ def _trained(case: Case) -> Figures:
         if "lora_B" in name:  # Zero at the start: the gradients of half of the weights would be, too.
             torch.nn.init.normal_(parameter, std=0.02)
     ways: dict[int, Callable[[list[TokenRow]], Any]] = {
-        size: lambda users, size=size: _step(ranker, size, users[0])  # type: ignore[misc]
-        for size in AT_ONCE
+        batch: lambda users, batch=batch: _step(ranker, batch, users[0])  # type: ignore[misc]
+        for batch in sizes.at_once
     }
     at_once = _fastest(ways, _users(1, 10, 0))
     seconds: dict[str, list[float]] = {"packed": [], "separate": []}
     gradients: dict[str, torch.Tensor] = {}
     _step(ranker, None, _users(1, 10, 0)[0])
-    for turn in range(1, 1 + TURNS):
+    for turn in range(1, 1 + sizes.turns):
         for how, taken in seconds.items():
             (user,) = _users(1, 10, turn)
             started = time.perf_counter()
@@ -324,12 +370,12 @@ def _step(ranker: model.PackedRanker, at_once: int | None, user: TokenRow) -> to
     return torch.cat([one.float().flatten() for one in torch.autograd.grad(loss, trainable)])
 
 
-def _child(which: str, case: Case, **settings: Any) -> subprocess.Popen[str]:
+def _child(which: str, case: Case, sizes: Sizes, **settings: Any) -> subprocess.Popen[str]:
     """A process of this module, which reads and writes lines of JSON."""
     settings |= {"folder": str(case.folder)}
     command = [sys.executable, "-m", "benchmarks.ranker", "--child", which, "--settings", json.dumps(settings)]
     root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": root}
+    environment = {**os.environ, **sizes.environment, "PYTHONPATH": root}
     return subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root, text=True
     )
@@ -344,13 +390,13 @@ def _answer(child: subprocess.Popen[str]) -> Figures:
     raise RuntimeError(f"{child.args} gave no answer: exit status {child.wait()}")
 
 
-def _peak_mib(case: Case, how: str) -> float:
-    with _child("memory", case, how=how) as child:
+def _peak_mib(case: Case, how: str, sizes: Sizes) -> float:
+    with _child("memory", case, sizes, how=how) as child:
         return float(_answer(child)["peak_mib"])
 
 
 def _memory(folder: str, how: str) -> None:
-    """Prints what a training step adds to the memory of a process at its peak, which is forgotten before it."""
+    """Print what a training step adds to the memory of a process at its peak, which is forgotten before it."""
     config = RankerConfig.model_validate_json((Path(folder) / "ranker.json").read_text())
     ranker = model.create(config)
     at_once = None if how == "packed" else 1
@@ -374,12 +420,13 @@ class _Vllm:
         cached_tokens: of the prompts of the first user's candidates, when they were last scored.
     """
 
-    def __init__(self, case: Case, step_tokens: int) -> None:
-        self._case, self._step_tokens = case, step_tokens
+    def __init__(self, case: Case, step_tokens: int, sizes: Sizes) -> None:
+        self._case, self._step_tokens, self._sizes = case, step_tokens, sizes
         self.cached_tokens = 0
 
     def __enter__(self) -> Self:
-        self._child = _child("vllm", self._case, step_tokens=self._step_tokens)
+        settings = {"step_tokens": self._step_tokens, "compiled": self._sizes.compiled}
+        self._child = _child("vllm", self._case, self._sizes, **settings)
         _answer(self._child)
         return self
 
@@ -395,18 +442,20 @@ class _Vllm:
         return list(found["logits"])
 
 
-def _serve_vllm(folder: str, step_tokens: int) -> None:
-    """Scores the users of each line that is read.
+def _serve_vllm(folder: str, step_tokens: int, compiled: bool) -> None:
+    """Score the users of each line that is read.
 
     Args:
         step_tokens: in a step of the engine, at most.
+        compiled: whether the engine compiles the model.
     """
     from pulse_ray.config import EngineConfig
     from pulse_ray.generation.engine import prepare_environment, vllm_arguments
 
     config = RankerConfig.model_validate_json((Path(folder) / "ranker.json").read_text())
     dtype = "bfloat16" if config.training.precision == "bf16" else "float32"
-    engine = EngineConfig.model_validate({"model": config.model, "dtype": dtype, "max_model_len": 512, "compile": True})
+    settings = {"model": config.model, "dtype": dtype, "max_model_len": 512, "compile": compiled}
+    engine = EngineConfig.model_validate(settings)
     prepare_environment(engine)
     from vllm import LLM, PoolingParams, TokensPrompt
 
@@ -438,7 +487,7 @@ def _bars(figures: Figures) -> dict[str, dict[str, Any]]:
         bars[name] = {"value": value, "bar": most, "holds": value <= most}
 
     for name, found in figures.items():
-        for count in (str(count) for count in COUNTS if str(count) in found):
+        for count in (str(count) for count in FULL.counts if str(count) in found):
             bar(f"{name}_{count}_of_token_ratio", found[count]["of_token_ratio"], 0.85)
             bar(f"{name}_{count}_over_vllm", found[count]["over_vllm"], 1.5 if count == "100" else 1.1)
             if "fp32" in name:

@@ -2,6 +2,7 @@
 
     python -m benchmarks.sasrec            # ours, then RecBole for 25 minutes (--minutes)
     python -m benchmarks.sasrec --quick    # some users and two epochs: the path, not the figures
+    python -m benchmarks.sasrec --smoke    # a few hundred users and two epochs, one of RecBole's: the same, faster
 
 Sequences are Amazon Video Games' (2018, 5-core) from ../shared/data where that is there, else drawn. Of each user the
 newest item is the test target and the one before it the validation target; the rest trains. Ours goes through
@@ -16,13 +17,12 @@ Seconds per epoch are medians over the epochs, without validation.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 from ray import cloudpickle
 
-from benchmarks._report import report
+from benchmarks._report import Size, parser, report, size
 from benchmarks.score import sequences
 from pulse_ray import runtime
 from pulse_ray.candidates.sasrec import Sasrec, SasrecTask, catalogue_ranks
@@ -64,12 +64,30 @@ CONFIG = SasrecConfig(
 DOMAIN = "games"
 MAX_LENGTH = 50
 NEGATIVES = 9
-PART_USERS = 5_000
 RANK_BATCH = 512
 SEED = 17
 HR_BAR, SPEED_BAR, MINUTES_BAR = 0.67, 3.0, 30.0
 
 User = tuple[str, list[str]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many users to train and test on, and for how long."""
+
+    users: int | None
+    """None stands for all."""
+    shard_users: int
+    """Users in each file of examples."""
+    epochs: int
+    peer_minutes: float | None
+    """RecBole's training, one epoch at least; None stands for what the command line says."""
+
+
+FULL = Sizes(users=None, shard_users=5_000, epochs=CONFIG.training.epochs, peer_minutes=None)
+QUICK = Sizes(users=2_000, shard_users=5_000, epochs=2, peer_minutes=0.2)
+SMOKE = Sizes(users=600, shard_users=200, epochs=2, peer_minutes=0.0)
+SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
 # Ray's workers cannot import the benchmarks.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -109,8 +127,10 @@ class Timed(SasrecTask):
             file.write(f"{time.monotonic()}\n")
 
 
-def write_tables(workspace: Workspace, items: Sequence[tuple[str, str]], users: Sequence[User]) -> None:
-    """The tables that SASRec reads, as `prepare` writes them."""
+def write_tables(
+    workspace: Workspace, items: Sequence[tuple[str, str]], users: Sequence[User], shard_users: int
+) -> None:
+    """Write the tables that SASRec reads, as `prepare` writes them."""
     rows = [
         {"domain": DOMAIN, "item_id": item, "title": title, "text": title, "popularity": 0, "categories": []}
         | {"description": "", "brand": ""}
@@ -118,9 +138,10 @@ def write_tables(workspace: Workspace, items: Sequence[tuple[str, str]], users: 
     ]
     workspace.artefact("items").write("part-0000", table("items", rows))
     for split, held in (("train", 3), ("validation", 2), ("test", 1)):
-        for part in range(0, len(users), PART_USERS):
-            found = [_example(user, steps, len(steps) - held, split) for user, steps in users[part : part + PART_USERS]]
-            name = f"{split}-{part // PART_USERS:04}-0000"
+        for number, start in enumerate(range(0, len(users), shard_users)):
+            shard = users[start : start + shard_users]
+            found = [_example(user, steps, len(steps) - held, split) for user, steps in shard]
+            name = f"{split}-{number:04}-0000"
             workspace.artefact("examples").write(name, table("examples", found))
 
 
@@ -273,30 +294,30 @@ def bars(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, Any
 
 
 def main() -> int:
-    """Runs the benchmark and prints its report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sasrec", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    """Run the benchmark and print its report."""
+    command_line = parser("sasrec", __doc__, quick="some users, two epochs; the figures mean nothing")
+    command_line.add_argument(
+        "--minutes", type=float, default=25.0, help="RecBole's training in the full size (default: %(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="some users, two epochs; the figures mean nothing")
-    parser.add_argument("--minutes", type=float, default=25.0, help="RecBole's training (default: %(default)s)")
-    asked = parser.parse_args()
-    config, minutes = CONFIG, asked.minutes
+    options = command_line.parse_args()
+    chosen = size(options)
+    sizes = SIZES[chosen]
+    minutes = options.minutes if sizes.peer_minutes is None else sizes.peer_minutes
+    config = CONFIG.model_copy(update={"training": CONFIG.training.model_copy(update={"epochs": sizes.epochs})})
     rng = np.random.default_rng(SEED)
-    source, items, users = sequences(rng)
-    if asked.quick:
-        users, minutes = users[:2_000], 0.2
-        config = CONFIG.model_copy(update={"training": CONFIG.training.model_copy(update={"epochs": 2})})
+    source, items, everyone = sequences(rng)
+    users = everyone[: sizes.users]
     index = {item: place for place, (item, _) in enumerate(items, start=1)}
     cases = make_cases(users, index, rng)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         workspace = Workspace(str(folder), "run")
-        write_tables(workspace, items, users)
+        write_tables(workspace, items, users, sizes.shard_users)
         mine = ours(config, workspace, folder, cases)
         print(f"ours: {mine}", file=sys.stderr, flush=True)
         other = peer(folder, users, index, cases, minutes)
     figures = {"source": source, "users": len(users), "items": len(items), "seed": SEED, "ours": mine, "recbole": other}
-    return report("sasrec", figures, bars(mine, other))
+    return report("sasrec", chosen, figures, bars(mine, other))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m benchmarks.score            # all users: about 20 minutes on two cores
     python -m benchmarks.score --quick    # a few thousand: some minutes
+    python -m benchmarks.score --smoke    # a few hundred: the paths, not the figures
 
 The users are Amazon Video Games' (2018, 5-core) from ../shared/data where that is there, else drawn: as many, with
 histories as long. The newest item of each is held out and ranked among nine others that the user never touched. The
@@ -14,13 +15,12 @@ Rates count the time from the first part that is committed to the last; `wall_s`
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from benchmarks._report import report
+from benchmarks._report import Size, parser, report, size
 from pulse_ray.config import Config
 from tests import tiny
 from tests.scoring import audit, fake_shop
@@ -40,10 +40,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data" / "sequences"
 USERS, ITEMS = 50_546, 16_859
 SHORTEST, LONGEST, MEAN_LENGTH = 5, 50, 8.71
 CANDIDATES, RETRIEVED = 10, 20
-SHARD_USERS = 128
 SEED = 17
-TURNS, TURN_USERS = 3, 10_000
-INTERVAL_S = 0.5
 SETTLED = 0.1
 """The driver's memory is compared with what it was when this share of the parts was committed."""
 GROWTH = 1.1
@@ -51,6 +48,28 @@ TOLERANCE = 1e-4
 
 
 Figures = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many users to score, in shards of how many, and how often."""
+
+    users: int | None
+    """None stands for all."""
+    shard_users: int
+    retrieved_users: int
+    """Users without candidates."""
+    turns: int
+    turn_users: int
+    """Users whose rates with one actor and with two are compared, `turns` times."""
+    interval_s: float
+    """Time between two looks at the driver's memory."""
+
+
+FULL = Sizes(users=None, shard_users=128, retrieved_users=5_000, turns=3, turn_users=10_000, interval_s=0.5)
+QUICK = Sizes(users=5_000, shard_users=128, retrieved_users=500, turns=1, turn_users=10_000, interval_s=0.5)
+SMOKE = Sizes(users=240, shard_users=8, retrieved_users=24, turns=1, turn_users=48, interval_s=0.05)
+SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +128,7 @@ def write_users(path: Path, users: Sequence[tuple[str, list[str]]], rng: np.rand
     return path
 
 
-def finished_run(folder: Path, items: Sequence[tuple[str, str]]) -> Path:
+def finished_run(folder: Path, items: Sequence[tuple[str, str]], shard_users: int) -> Path:
     """The configuration of a run with this catalogue; its ranker and its SASRec are tiny and untrained."""
     config = Config.model_validate(
         {
@@ -122,7 +141,7 @@ def finished_run(folder: Path, items: Sequence[tuple[str, str]]) -> Path:
                 "variants": ["thought_space"],
                 "training": {"precision": "fp32"},
             },
-            "score": {"shard_users": SHARD_USERS, "retrieve_k": RETRIEVED},
+            "score": {"shard_users": shard_users, "retrieve_k": RETRIEVED},
         }
     )
     catalogue = [("games", item, title) for item, title in items]
@@ -137,8 +156,8 @@ def command(config: Path, users: Path, name: str, actors: int) -> audit.Command:
     return audit.Command(config=config, users=users, output=users.parent / name, settings=[f"score.pool={pool}"])
 
 
-def measure(job: audit.Command) -> Measured:
-    """Runs the command to its end, and looks at its driver's memory now and then."""
+def measure(job: audit.Command, interval_s: float) -> Measured:
+    """Run the command to its end, and look at its driver's memory now and then."""
     samples: list[Sample] = []
 
     def sample(driver: psutil.Process) -> bool:
@@ -150,7 +169,7 @@ def measure(job: audit.Command) -> Measured:
         return False
 
     started = time.monotonic()
-    assert job.until(sample, INTERVAL_S).wait() == 0, job.log.read_text()
+    assert job.until(sample, interval_s).wait() == 0, job.log.read_text()
     wall_s = time.monotonic() - started
     files = sorted((job.output / "recommendations").glob("*.parquet"), key=lambda file: file.stat().st_mtime_ns)
     rows = sum(pq.ParquetFile(file).metadata.num_rows for file in files[1:])
@@ -160,10 +179,11 @@ def measure(job: audit.Command) -> Measured:
     return Measured(wall_s=round(wall_s, 1), users_per_s=round(rate, 1), samples=samples)
 
 
-def memory(samples: Sequence[Sample], parts: int) -> dict[str, float]:
+def memory(samples: Sequence[Sample], parts: int, shard_users: int) -> dict[str, float]:
     """How the driver's memory went, in MiB, from when a tenth of the parts was there; of several samples the median."""
     settled = [sample for sample in samples if SETTLED * parts <= sample.parts < parts]
-    users = [sample.parts * SHARD_USERS for sample in settled]
+    assert len(settled) > 1, "scoring ended before the driver's memory was looked at twice"
+    users = [sample.parts * shard_users for sample in settled]
     found: dict[str, float] = {}
     for kind in ("rss", "uss"):
         values = np.array([getattr(sample, kind) / 2**20 for sample in settled])
@@ -202,33 +222,31 @@ def interrupt(job: audit.Command, undisturbed: audit.Command, rng: np.random.Gen
 
 
 def main() -> int:
-    """Runs the benchmark and prints its report."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer users; the figures are rough")
-    quick = parser.parse_args().quick
+    """Run the benchmark and print its report."""
+    chosen = size(parser("score", __doc__, quick="fewer users; the figures are rough").parse_args())
+    sizes = SIZES[chosen]
     rng = np.random.default_rng(SEED)
     source, items, everyone = sequences(rng)
-    everyone = everyone[:5_000] if quick else everyone
-    without = everyone[: 500 if quick else 5_000]
+    everyone = everyone[: sizes.users]
+    without = everyone[: sizes.retrieved_users]
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        config = finished_run(folder, items)
+        config = finished_run(folder, items, sizes.shard_users)
         users = write_users(folder / "users.parquet", everyone, rng)
         bare = write_users(folder / "bare.parquet", without, None)
         some = folder / "some.parquet"
-        pq.write_table(pq.read_table(users).slice(0, TURN_USERS), some)
+        pq.write_table(pq.read_table(users).slice(0, sizes.turn_users), some)
         undisturbed = command(config, users, "undisturbed", 1)
-        whole = measure(undisturbed)
+        whole = measure(undisturbed, sizes.interval_s)
         kill, bars = interrupt(command(config, users, "killed", 2), undisturbed, rng)
         rates: dict[int, list[float]] = {1: [], 2: []}
-        for turn in range(1 if quick else TURNS):
+        for turn in range(sizes.turns):
             for actors, found in rates.items():
-                found.append(measure(command(config, some, f"turn-{turn}-{actors}", actors)).users_per_s)
+                job = command(config, some, f"turn-{turn}-{actors}", actors)
+                found.append(measure(job, sizes.interval_s).users_per_s)
         parts = len(undisturbed.parts())
-        retrieved = measure(command(config, bare, "retrieved", 1))
-    held = memory(whole.samples, parts)
+        retrieved = measure(command(config, bare, "retrieved", 1), sizes.interval_s)
+    held = memory(whole.samples, parts, sizes.shard_users)
     growth = held["rss_end_mib"] / held["rss_begin_mib"]
     one, two = (float(np.median(found)) for found in rates.values())
     figures = {
@@ -240,7 +258,7 @@ def main() -> int:
         "users_per_s": whole.users_per_s,
         "wall_s": whole.wall_s,
         "in_turn": {
-            "users": min(TURN_USERS, len(everyone)),
+            "users": min(sizes.turn_users, len(everyone)),
             "users_per_s_with_1_actor": rates[1],
             "users_per_s_with_2_actors": rates[2],
             "two_over_one": round(two / one, 2),
@@ -256,7 +274,7 @@ def main() -> int:
         "kill": kill,
     }
     flat = {"value": round(growth, 3), "bar": f"at most {GROWTH}", "holds": growth <= GROWTH}
-    return report("score", figures, {"driver_memory_growth": flat, **bars})
+    return report("score", chosen, figures, {"driver_memory_growth": flat, **bars})
 
 
 if __name__ == "__main__":

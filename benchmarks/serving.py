@@ -1,15 +1,24 @@
-"""Online ranking under load: capacity, overload, and packed batches against separate sequences."""
+"""Online ranking under load: capacity, overload, and packed batches against separate sequences.
+
+    python -m benchmarks.serving            # ten minutes on two cores
+    python -m benchmarks.serving --quick    # three minutes, and less certain
+    python -m benchmarks.serving --smoke    # a tiny random model and some seconds of load: the paths, not the figures
+
+`--help` says what is measured, and what has to hold.
+"""
 
 from __future__ import annotations
 
-import argparse
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from benchmarks._report import Size, parser, report, size
 
 if TYPE_CHECKING:
     from benchmarks._load import Load
@@ -51,8 +60,10 @@ SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How long to measure."""
+    """What to serve, and how long to measure."""
 
+    model: str | None
+    """None stands for a tiny model with random weights."""
     rounds: int
     closed_s: float
     """Seconds of each closed loop in each round."""
@@ -62,29 +73,26 @@ class Sizes:
     """Seconds with `FEW_CANDIDATES`, for each of the two."""
 
 
-FULL = Sizes(rounds=3, closed_s=20, open_s=90, peer_s=70, few_s=35)
-QUICK = Sizes(rounds=1, closed_s=10, open_s=20, peer_s=20, few_s=10)
+FULL = Sizes(model=MODEL, rounds=3, closed_s=20, open_s=90, peer_s=70, few_s=35)
+QUICK = Sizes(model=MODEL, rounds=1, closed_s=10, open_s=20, peer_s=20, few_s=10)
+SMOKE = Sizes(model=None, rounds=2, closed_s=0.5, open_s=2, peer_s=1, few_s=1)
+SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures and reports. Returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.serving",
-        description=DESCRIPTION,
-        epilog=BARS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="three minutes in place of ten, and less certain")
-    sizes = QUICK if parser.parse_args(arguments).quick else FULL
+    """Measure and report. Returns the exit code."""
+    command_line = parser("serving", DESCRIPTION, quick="three minutes in place of ten, and less certain")
+    command_line.epilog = BARS
+    chosen = size(command_line.parse_args(arguments))
+    sizes = SIZES[chosen]
 
     from benchmarks import _shop
-    from benchmarks._report import report
     from benchmarks._separate import SeparateRanker
     from pulse_ray.serving.app import Ranker
 
     with tempfile.TemporaryDirectory(prefix="pulse-ray-serving-") as folder:
         _say("making a run to serve")
-        config = _config(folder)
+        config = _config(folder, sizes.model or _tiny(folder))
         _shop.make(config, SEED)
         bodies, few = (_shop.requests(candidates, SEED) for candidates in (CANDIDATES, FEW_CANDIDATES))
         ours, ours_few, overload, burst, packed = _ours(config, Ranker, bodies, few, sizes)
@@ -92,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shapes = _shapes(config, bodies)
     best = max(ours, key=lambda clients: ours[clients].rate)
     figures = {
-        "model": f"{MODEL}, fp32, LoRA",
+        "model": f"{sizes.model or 'random weights'}, fp32, LoRA",
         "prompt_tokens_median": shapes[0],
         "candidate_tokens_median": shapes[1],
         "candidates": CANDIDATES,
@@ -112,10 +120,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         },
     }
     loads = [*ours.values(), ours_few, overload, burst, peer, peer_few]
-    return report("serving", figures, _bars(loads, ours[best], overload, peer, packed, separate))
+    return report("serving", chosen, figures, _bars(loads, ours[best], overload, peer, packed, separate))
 
 
-def _config(folder: str) -> Config:
+def _tiny(folder: str) -> str:
+    from tests import tiny
+
+    return str(tiny.make(Path(folder, "tiny")))
+
+
+def _config(folder: str, model: str) -> Config:
     from pulse_ray.config import Config
 
     return Config.model_validate(
@@ -123,7 +137,7 @@ def _config(folder: str) -> Config:
             "name": "serving",
             "storage": folder,
             "prepare": {"domains": [{"name": "shop", "source": {"kind": "synthetic"}}]},
-            "ranker": {"model": MODEL, "variants": ["thought_space"], "training": {"precision": "fp32"}},
+            "ranker": {"model": model, "variants": ["thought_space"], "training": {"precision": "fp32"}},
             "serve": {"port": _free_port()},
         }
     )
@@ -236,7 +250,7 @@ def _shapes(config: Config, bodies: Sequence[Any]) -> tuple[int, int]:
 
     items = catalogue.load(Workspace(config.storage, config.name).artefact("items"))[_shop.DOMAIN]
     encoder, store = (
-        PromptEncoder(model.tokenizer(MODEL), config.ranker),
+        PromptEncoder(model.tokenizer(config.ranker.model), config.ranker),
         open_store(store_address(config), config.name),
     )
     rows = []

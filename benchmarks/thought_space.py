@@ -2,6 +2,7 @@
 
     python -m benchmarks.thought_space            # MiniLM: some twenty-five minutes on two cores
     python -m benchmarks.thought_space --quick    # a few steps: the path, not the figures
+    python -m benchmarks.thought_space --smoke    # four steps of four pairs, on texts of all lengths: the same, faster
 
 Behaviours are histories of the synthetic shop, of 4 to 20 purchases; a rationale is made of what the customer wrote of
 two purchases, drawn at random, and of the kind of the target. Both sides train two MiniLM towers on the same pairs for
@@ -25,7 +26,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,7 +36,7 @@ from typing import Any
 import numpy as np
 from ray import cloudpickle
 
-from benchmarks._report import report
+from benchmarks._report import Size, parser, report, size
 from pulse_ray import models, runtime
 from pulse_ray.config import ClusterConfig, SyntheticSource, ThoughtSpaceConfig
 from pulse_ray.data.synthetic import Shop
@@ -50,34 +52,48 @@ SEED = 3
 WARM_UP = 3
 """Steps that do not count."""
 POOL = 100
-TURNS = 3
-TRAINED = 960
-"""Pairs of an epoch."""
 VALIDATED = 64
 """Pairs that our trainer validates on, which does not count."""
-EVEN_TOKENS = 64
-"""Of every text, where all have one length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How many pairs to train on, of which texts, and how often."""
+
+    users: int
+    turns: int
+    trained: int
+    """Pairs of an epoch."""
+    batch_size: int
+    max_tokens: Mapping[str, int]
+    """Of a text, by the name of the figures; `even_texts` are all cut to one length."""
+
+
+FULL = Sizes(users=2200, turns=3, trained=960, batch_size=32, max_tokens={"texts": 256, "even_texts": 64})
+QUICK = replace(FULL, users=160, turns=1)
+SMOKE = Sizes(users=30, turns=1, trained=16, batch_size=4, max_tokens={"texts": 256})
+SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
 # Ray's workers cannot import the benchmarks.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def main() -> int:
-    """Measures both and prints the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a few steps: the path, not the figures")
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    """Measure both and print the report."""
+    command_line = parser("thought_space", __doc__, quick="a few steps: the path, not the figures")
+    command_line.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = command_line.parse_args()
     if options.child:
         print(json.dumps(_peer(options.child)))
         return 0
-    users, turns = (160, 1) if options.quick else (2200, TURNS)
+    chosen = size(options)
+    sizes = SIZES[chosen]
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder, runtime.cluster(ClusterConfig()):
-        for name, max_tokens in (("texts", 256), ("even_texts", EVEN_TOKENS)):
+        for name, max_tokens in sizes.max_tokens.items():
             found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-            for turn in range(turns if name == "texts" else 1):
-                case = Case(Path(folder) / f"{name}_{turn}", users, max_tokens, SEED + turn)
+            for turn in range(sizes.turns if name == "texts" else 1):
+                case = Case(Path(folder) / f"{name}_{turn}", sizes, max_tokens, SEED + turn)
                 if not turn:
                     untrained = Encoders.create(case.config.model, max_tokens, shared=False)
                     figures[f"{name}_untrained"] = {"r@1": round(case.retrieved(untrained), 4)}
@@ -98,6 +114,7 @@ def main() -> int:
     apart = figures["texts"]["ours"]["r@1"] - figures["texts"]["sentence_transformers"]["r@1"]
     return report(
         "thought_space",
+        chosen,
         figures,
         {
             "over_sentence_transformers": _bar(figures["texts"]["ratios"]["sentence_transformers"], 1.5),
@@ -112,13 +129,13 @@ def _bar(value: float, least: float) -> dict[str, Any]:
 
 
 class Timed(ThoughtSpaceTask):
-    """Trains on the first `TRAINED` pairs, and notes in a file when each step began."""
+    """Task that trains on the first `trained` pairs, and notes in a file when each step began."""
 
-    def __init__(self, clock: Path, *args: Any) -> None:
+    def __init__(self, clock: Path, trained: int, *args: Any) -> None:
         super().__init__(*args)
         self.clock = clock
-        self.unseen = self.held + self.train[TRAINED:]
-        self.train, self.held = self.train[:TRAINED], self.held[:VALIDATED]
+        self.unseen = self.held + self.train[trained:]
+        self.train, self.held = self.train[:trained], self.held[:VALIDATED]
 
     def losses(self, engine: Any, indices: Sequence[int]) -> Any:
         with self.clock.open("a") as file:
@@ -129,9 +146,9 @@ class Timed(ThoughtSpaceTask):
 class Case:
     """A shop's pairs, and both systems on them."""
 
-    def __init__(self, folder: Path, users: int, max_tokens: int, seed: int) -> None:
+    def __init__(self, folder: Path, sizes: Sizes, max_tokens: int, seed: int) -> None:
         folder.mkdir()
-        self.folder, self.seed = folder, seed
+        self.folder, self.trained, self.seed = folder, sizes.trained, seed
         self.config = ThoughtSpaceConfig.model_validate(
             {
                 "negatives": "all",
@@ -139,23 +156,25 @@ class Case:
                 "max_tokens": max_tokens,
                 "text": {"history_tokens": 224, "review_words": 12},
                 "training": {
-                    **{"epochs": 1, "batch_size": 32, "lr": 1e-4, "zero_stage": 0, "evaluations_per_epoch": 1},
+                    **{"epochs": 1, "lr": 1e-4, "zero_stage": 0, "evaluations_per_epoch": 1},
+                    "batch_size": sizes.batch_size,
                     "workers": {"cpus": os.cpu_count()},
                 },
             }
         )
         self.workspace = Workspace(str(folder), "run")
         self.tables = [self.workspace.artefact(name) for name in ("items", "examples", "rationales")]
-        _write(Shop(SyntheticSource(kind="synthetic", users=users, items=600, max_purchases=20), seed), *self.tables)
+        source = SyntheticSource(kind="synthetic", users=sizes.users, items=600, max_purchases=20)
+        _write(Shop(source, seed), *self.tables)
         self.clock = folder / "clock.txt"
-        self.task = Timed(self.clock, self.config, *self.tables, seed)
+        self.task = Timed(self.clock, self.trained, self.config, *self.tables, seed)
 
     def ours(self) -> dict[str, float]:
-        """Trains as the stage does."""
+        """Train as the stage does."""
         output = self.workspace.artefact("encoders")
         fitting.fit(
             Timed,
-            *(self.clock, self.config, *self.tables, self.seed),
+            *(self.clock, self.trained, self.config, *self.tables, self.seed),
             config=self.config.training,
             seed=self.seed,
             output=output,
@@ -166,7 +185,7 @@ class Case:
         return self._measured(np.diff(starts), Encoders.load(Path(output.path)))
 
     def peer(self, *, like_ours: bool = False) -> dict[str, float]:
-        """Trains with sentence-transformers, in a process of its own; in the environment of our workers or not."""
+        """Train with sentence-transformers, in a process of its own; in the environment of our workers or not."""
         task = self.task
         texts = {"anchor": _behaviours(task, task.train), "positive": [pair.rationale for pair in task.train]}
         config = self.config.model_dump(mode="json")
