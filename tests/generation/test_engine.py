@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -13,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from pulse_ray.config import EngineConfig, SamplingConfig
-from pulse_ray.errors import ArtifactError
+from pulse_ray.errors import ArtifactError, GenerationError
 from pulse_ray.generation import gates
 from pulse_ray.generation.engine import Completion, Engine, EngineDeathError, RequestError
 
@@ -89,3 +91,39 @@ def test_an_adapter_that_no_engine_can_take_is_named(tmp_path: Path) -> None:
             Engine(EngineConfig(model=str(model), adapters={"big": str(tmp_path / "adapter")})).start()
     with pytest.raises(ArtifactError, match=r"holds no model: it has no adapter_config\.json"):
         Engine(EngineConfig(model=str(model), adapters={"none": str(model)})).start()
+
+
+def test_model_without_a_readable_tokenizer_is_named(tmp_path: Path) -> None:
+    model = tiny.make(tmp_path / "model")
+    (model / "tokenizer.json").write_text("{")
+    (model / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"has no tokenizer that can be read.*Check the files in .*model"):
+        _ = Engine(EngineConfig(model=str(model))).tokenizer
+
+
+def test_engine_that_does_not_start_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("No available memory for the cache blocks\nand more")
+
+    monkeypatch.setattr("pulse_ray.generation.engine._start_vllm", refuse)
+    before = {child.pid for child in psutil.Process().children()}
+    with pytest.raises(GenerationError, match=r"No available memory for the cache blocks.*Check memory"):
+        Engine(EngineConfig(model=str(tiny.make(tmp_path / "model")))).start()
+    assert {child.pid for child in psutil.Process().children()} <= before
+
+
+def test_request_that_vllm_aborts_is_an_error_and_no_completion(tmp_path: Path) -> None:
+    class Aborting:
+        """As much of vLLM as answers one request."""
+
+        errored = False
+
+        async def generate(self, *_: object, **__: object) -> AsyncIterator[SimpleNamespace]:
+            yield SimpleNamespace(
+                outputs=[SimpleNamespace(finish_reason="stop"), SimpleNamespace(finish_reason="abort")]
+            )
+
+    engine = Engine(EngineConfig(model=str(tiny.make(tmp_path / "model"))))
+    engine._llm = Aborting()
+    with pytest.raises(RequestError, match=r"broke off a request: {'abort'}"):
+        asyncio.run(engine.complete(PROMPT, 2, 5, SAMPLING))
