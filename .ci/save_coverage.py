@@ -1,7 +1,7 @@
 """Coverage plugin that saves what Ray's workers have measured every other second.
 
-Ray ends actors without running Python's exit handlers, in which coverage would save. Coverage loads its plugins in every
-process that it measures. Other processes save once, at their end: lines that run during a save may be lost.
+Ray ends actors without running Python's exit handlers, in which coverage would save. Coverage loads its plugins in
+every process that it measures. Other processes save once, at their end: lines that run during a save may be lost.
 """
 
 from __future__ import annotations

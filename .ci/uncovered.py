@@ -1,8 +1,8 @@
-"""Compare the lines that no test reaches with the table of reasons: `python .ci/uncovered.py COVERAGE_JSON TABLE`.
+"""Report the lines that no test reaches and that have no reason: `python .ci/uncovered.py COVERAGE_JSON TABLE`.
 
-The table has a row for each function with uncovered lines, ``| `pulse_ray/data/files.py` | `function` | reason |``. The
-exit code is 1 if a function with uncovered lines has no row. Rows of functions that are covered now are printed: some
-lines are reached only when two events come in a certain order, so they do not fail the build.
+The table has a row for each function with uncovered lines, ``| `pulse_ray/data/files.py` | `function` | reason |``.
+This is a report: some lines are reached only when two events come in a certain order, so a function without a reason
+fails no build. The share of all lines does: `fail_under` in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 ROW = re.compile(r"^\| `(?P<file>[^`]+)` \| `(?P<function>[^`]+)` \| (?P<reason>.+) \|$", re.MULTILINE)
 
 
-def main(report: Path, table: Path) -> int:
+def main(report: Path, table: Path) -> None:
     """Print functions with uncovered lines that have no reason, and reasons that are no longer needed."""
     given = {(row["file"], row["function"]) for row in ROW.finditer(table.read_text())}
     uncovered = {
@@ -26,12 +26,10 @@ def main(report: Path, table: Path) -> int:
     }
     for file, name in sorted(given - uncovered.keys()):
         print(f"{table}: {file} {name} is covered; remove its row unless it depends on timing")
-    unexplained = sorted(uncovered.keys() - given)
-    for file, name in unexplained:
+    for file, name in sorted(uncovered.keys() - given):
         lines = ", ".join(map(str, uncovered[file, name]))
         print(f"{file}: lines {lines} of {name} are reached by no test; test or delete them, or say why in {table}")
-    return 1 if unexplained else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

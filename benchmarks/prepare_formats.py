@@ -23,13 +23,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
@@ -39,7 +40,7 @@ from isal import igzip
 from benchmarks import _hosts, _reviews
 from benchmarks._memory import watch
 from benchmarks._report import Size, parser, report, size
-from benchmarks.prepare import DOMAIN, SETTINGS
+from benchmarks.prepare import SETTINGS
 
 REVIEW = pa.schema(
     {
@@ -56,7 +57,6 @@ BLOCK_BYTES = 2**26
 """JSON lines that are converted at once: some 100,000 reviews, which become a row group in Parquet."""
 LEAST_LINES = 2
 """A log shows progress within a file when so many different lines tell a share between none and all of it."""
-COUNTS = ("interactions", "users", "items", "examples")
 NOTES_CODE = 'code="$1"; shift; "$@"; echo $? > "$code"'
 """Shell that runs a command and writes its exit code to a file. `watch` raises an error when a command fails, but the
 memory of that run and the runs of the other formats are of interest too."""
@@ -67,15 +67,16 @@ class Sizes:
     """How many reviews to prepare, and what to expect of a run."""
 
     reviews: int
-    at_once: int
-    """Commands that run at the same time. Two disturb each other's figures."""
+    formats: int
+    """Formats that one run of the command prepares, each as a domain. With one, the figures are that format's."""
     shows_progress: bool
     """Whether a file is read for long enough that the log must show progress."""
 
 
-FULL = Sizes(reviews=12_000_000, at_once=1, shows_progress=True)
-QUICK = Sizes(reviews=400_000, at_once=1, shows_progress=False)
-SMOKE = Sizes(reviews=3_000, at_once=2, shows_progress=False)
+FULL = Sizes(reviews=12_000_000, formats=1, shows_progress=True)
+QUICK = Sizes(reviews=400_000, formats=1, shows_progress=False)
+# The start of Ray takes longer than the work.
+SMOKE = Sizes(reviews=3_000, formats=4, shows_progress=False)
 SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
 
@@ -104,13 +105,13 @@ def tabulate(writer: Callable[[Path, pa.Schema], Any], source: Path, target: Pat
             file.write_batch(batch.select(REVIEW.names).rename_columns(list(COLUMNS)))
 
 
-FORMATS: Mapping[str, Callable[[Path, Path], None]] = {
-    ".json": decompress,
-    ".json.zst": zstd,
-    ".csv": partial(tabulate, pa_csv.CSVWriter),
-    ".parquet": partial(tabulate, pq.ParquetWriter),
+CONVERSIONS: Mapping[str, Callable[[Path, Path], None]] = {
+    "json": decompress,
+    "json.zst": zstd,
+    "csv": partial(tabulate, pa_csv.CSVWriter),
+    "parquet": partial(tabulate, pq.ParquetWriter),
 }
-"""By the ending of a file's name, how it is made of the gzip file."""
+"""How the gzip file is converted, by the ending of the new file's name."""
 
 Layout = Callable[[], AbstractContextManager[str]]
 """A context in which a file is in some format and place; its value is the file's address."""
@@ -119,28 +120,28 @@ Layout = Callable[[], AbstractContextManager[str]]
 @contextmanager
 def converted(source: Path, folder: Path, ending: str) -> Iterator[str]:
     """The address of the same reviews in another format, which are deleted in the end."""
-    target = folder / f"reviews{ending}"
+    target = folder / f"reviews.{ending}"
     _say(f"{ending}: converting")
     try:
-        FORMATS[ending](source, target)
+        CONVERSIONS[ending](source, target)
         yield str(target)
     finally:
         target.unlink(missing_ok=True)
 
 
-def prepare(name: str, layout: Layout, files: _reviews.Files, reviews: int) -> dict[str, Any]:
-    """Run the command on the reviews in a format and from a place. Returns what was measured."""
-    with tempfile.TemporaryDirectory(prefix="pulse-ray-formats-") as temporary, layout() as address:
+def prepare(layouts: Mapping[str, Layout], metadata: Path, reviews: int) -> dict[str, dict[str, Any]]:
+    """Run the command on the reviews in some formats, each as a domain. Returns what was measured, by format."""
+    with tempfile.TemporaryDirectory(prefix="pulse-ray-formats-") as temporary, ExitStack() as stack:
         folder = Path(temporary)
-        source = {"interactions": address, "items": str(files.metadata)}
+        addresses = {name: stack.enter_context(layout()) for name, layout in layouts.items()}
+        domains = [
+            {"name": name, "source": {"interactions": address, "items": str(metadata)}}
+            for name, address in addresses.items()
+        ]
         config = {
             "name": "run",
             "storage": temporary,
-            "prepare": {
-                "domains": [{"name": DOMAIN, "source": source}],
-                "downloads": str(folder / "downloads"),
-                **SETTINGS,
-            },
+            "prepare": {"domains": domains, "downloads": str(folder / "downloads"), **SETTINGS},
         }
         (folder / "config.yaml").write_text(json.dumps(config))
         command = [sys.executable, "-m", "pulse_ray.cli", "prepare", str(folder / "config.yaml")]
@@ -154,24 +155,19 @@ def prepare(name: str, layout: Layout, files: _reviews.Files, reviews: int) -> d
             "peak_gib": round(peak.bytes / 2**30, 2),
             "shows_progress": shows_progress(log),
         }
+        names = ", ".join(layouts)
         if figures["exit_code"]:
-            _say(f"{name}: the command failed:\n{log[-4000:]}")
-            return figures
-        manifests = {
-            table: json.loads((folder / "run" / table / "manifest.json").read_text())
-            for table in ("interactions", "items", "examples")
-        }
-        work_s = manifests["interactions"]["seconds"]
-        _say(f"{name}: {reviews / work_s:,.0f} reviews/s ({work_s:.1f} s), {figures['peak_gib']:.2f} GiB")
-        return figures | {
-            "work_s": round(work_s, 1),
-            "reviews_per_s": round(reviews / work_s),
-            "counts": counts(manifests),
-        }
+            _say(f"{names}: the command failed:\n{log[-4000:]}")
+            return dict.fromkeys(layouts, figures)
+        work_s = manifest(folder / "run" / "interactions")["seconds"]
+        rate = len(layouts) * reviews / work_s
+        _say(f"{names}: {rate:,.0f} reviews/s ({work_s:.1f} s), {figures['peak_gib']:.2f} GiB")
+        figures |= {"work_s": round(work_s, 1), "reviews_per_s": round(rate)}
+        return {name: {**figures, "counts": counts(folder / "run", name)} for name in layouts}
 
 
 def shows_progress(log: str) -> bool:
-    """Whether a log tells several times how far a file was read while it was.
+    """Whether several lines of a log tell how far a file was read while it was.
 
     >>> shows_progress("reading: 1/2 files  50% read\\nreading: 1/2 files  75% read\\nreading: 2/2 files  100% read")
     True
@@ -180,16 +176,26 @@ def shows_progress(log: str) -> bool:
     return sum(share is not None and 0 < int(share[1]) < 100 for share in shares.values()) >= LEAST_LINES
 
 
-def counts(manifests: Mapping[str, Any]) -> dict[str, int]:
-    """Sizes of what the command wrote, `COUNTS`."""
-    [kept] = [step for step in manifests["interactions"]["metrics"]["steps"] if step["step"] == "kept"]
-    sizes = (
-        manifests["interactions"]["rows"],
-        kept["users"],
-        manifests["items"]["rows"],
-        manifests["examples"]["rows"],
-    )
-    return dict(zip(COUNTS, sizes, strict=True))
+def counts(run: Path, domain: str) -> dict[str, int]:
+    """Sizes of what the command wrote of a domain."""
+    steps = manifest(run / "interactions")["metrics"]["steps"]
+    [kept] = [step for step in steps if step["domain"] == domain and step["step"] == "kept"]
+    tables = {name: rows(run / name) for name in ("interactions", "items", "examples")}
+    for name, found in tables.items():
+        total = manifest(run / name)["rows"]
+        assert sum(found.values()) == total, f"{name}: {found} in the files, {total} in the manifest"
+    return {"users": kept["users"]} | {name: found[domain] for name, found in tables.items()}
+
+
+def rows(table: Path) -> dict[str, int]:
+    """Rows of a table by domain."""
+    counted = pl.scan_parquet(table / "*.parquet").group_by("domain").len().collect()
+    return dict(counted.iter_rows())
+
+
+def manifest(table: Path) -> dict[str, Any]:
+    """What is said of a table that the command wrote."""
+    return dict(json.loads((table / "manifest.json").read_text()))
 
 
 def measure(data: Path, sizes: Sizes) -> dict[str, dict[str, Any]]:
@@ -199,15 +205,17 @@ def measure(data: Path, sizes: Sizes) -> dict[str, dict[str, Any]]:
     with (
         tempfile.TemporaryDirectory(prefix="pulse-ray-formats-") as folder,
         _hosts.serving(files.reviews) as addresses,
-        ThreadPoolExecutor(sizes.at_once) as pool,
     ):
         layouts: dict[str, Layout] = {
-            ending: partial(converted, files.reviews, Path(folder), ending) for ending in FORMATS
+            ending: partial(converted, files.reviews, Path(folder), ending) for ending in CONVERSIONS
         }
-        layouts |= {".json.gz": partial(nullcontext, str(files.reviews))}
-        layouts |= {f"{scheme}, .json.gz": partial(nullcontext, address) for scheme, address in addresses.items()}
-        runs = {name: pool.submit(prepare, name, layout, files, sizes.reviews) for name, layout in layouts.items()}
-        return {name: run.result() for name, run in runs.items()}
+        layouts["json.gz"] = partial(nullcontext, str(files.reviews))
+        layouts |= {f"{scheme}.json.gz": partial(nullcontext, address) for scheme, address in addresses.items()}
+        found: dict[str, dict[str, Any]] = {}
+        while len(found) < len(layouts):
+            some = dict(islice(layouts.items(), len(found), len(found) + sizes.formats))
+            found |= prepare(some, files.metadata, sizes.reviews)
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,10 +25,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -41,29 +41,34 @@ from pulse_ray.ranker import attention, model
 from pulse_ray.ranker.packing import TokenRow, pack
 from pulse_ray.ranker.scorer import Scorer, in_threads
 
-PROMPT, CANDIDATE = 400, 24
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+AT_ONCE = (1, 5, 10)
+"""Sequences in a batch, of which the separate peer has the best."""
+THREADS = (1, 2)
+"""Batches of that peer beside each other, of which it has the better."""
 VOCABULARY = 30_000
 Figures = dict[str, Any]
 Way = TypeVar("Way")
 
 
+class Lengths(NamedTuple):
+    """Tokens of a prompt and of a candidate."""
+
+    prompt: int
+    candidate: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What to measure, among which ways, and how often."""
+    """What to measure, and how often."""
 
     only: str | None
     """One of the two models; None stands for what the command line says."""
     precisions: tuple[str, ...]
     counts: tuple[int, ...]
     """Candidates of a user."""
+    lengths: Lengths
     turns: int
-    turn_candidates: int
-    """Candidates of all users in a turn, of at least two users, in the systems that compute prompts once."""
-    at_once: tuple[int, ...]
-    """Sequences in a batch, of which the separate peer has the best."""
-    threads: tuple[int, ...]
-    """Batches of that peer beside each other, of which it has the better."""
     step_tokens: tuple[int, ...]
     """Tokens in a step of vLLM, of which it has the better; it would take 4,096."""
     compiled: bool
@@ -76,10 +81,8 @@ FULL = Sizes(
     only=None,
     precisions=("fp32", "bf16"),
     counts=(10, 20, 100),
+    lengths=Lengths(prompt=400, candidate=24),
     turns=3,
-    turn_candidates=80,
-    at_once=(1, 5, 10),
-    threads=(1, 2),
     step_tokens=(1024, 4096),
     compiled=True,
 )
@@ -87,10 +90,9 @@ QUICK = replace(FULL, only="phi3", precisions=("fp32",), counts=(10,))
 # Compiling, and a process for vLLM's engine beside that of its client, take longer than all else.
 SMOKE = replace(
     QUICK,
-    counts=(10, 100),
+    counts=FULL.counts,
+    lengths=Lengths(prompt=48, candidate=8),
     turns=1,
-    turn_candidates=20,
-    at_once=(5,),
     step_tokens=(1024,),
     compiled=False,
     environment={"TORCH_COMPILE_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
@@ -159,25 +161,22 @@ def _phi3(folder: Path) -> Path:
     return folder
 
 
-def _users(count: int, candidates: int, seed: int) -> list[TokenRow]:
+def _users(lengths: Lengths, count: int, candidates: int, seed: int) -> list[TokenRow]:
     draws = np.random.default_rng((candidates, seed))
 
     def text(length: int) -> list[int]:
         return [int(token) for token in draws.integers(100, VOCABULARY, length)]
 
     return [
-        TokenRow(prompt=text(PROMPT), candidates=[text(CANDIDATE) for _ in range(candidates)]) for _ in range(count)
+        TokenRow(prompt=text(lengths.prompt), candidates=[text(lengths.candidate) for _ in range(candidates)])
+        for _ in range(count)
     ]
 
 
 def _compare(case: Case, sizes: Sizes) -> Figures:
     scorer = Scorer(case.folder / "adapter", case.config, {})
-    ways = {
-        (at_once, threads): _separate(scorer, at_once, threads)
-        for at_once in sizes.at_once
-        for threads in sizes.threads
-    }
-    separate = _fastest(ways, _users(1, sizes.counts[0], 0))
+    ways = {(at_once, threads): _separate(scorer, at_once, threads) for at_once in AT_ONCE for threads in THREADS}
+    separate = _fastest(ways, _users(sizes.lengths, 1, sizes.counts[0], 0))
     found: Figures = {}
     with contextlib.ExitStack() as engines:
         vllm = {tokens: engines.enter_context(_Vllm(case, tokens, sizes)) for tokens in sizes.step_tokens}
@@ -190,6 +189,11 @@ def _compare(case: Case, sizes: Sizes) -> Figures:
     return found
 
 
+def _load(candidates: int) -> int:
+    """Users in a turn of the systems that compute prompts once."""
+    return max(2, 80 // candidates)
+
+
 def _scored(
     scorer: Scorer, candidates: int, separate: tuple[int, int], vllm: dict[int, _Vllm], sizes: Sizes
 ) -> Figures:
@@ -199,7 +203,7 @@ def _scored(
         separate: of that peer, sequences in a batch, and batches beside each other.
         vllm: its engines, by the tokens in a step.
     """
-    load = max(2, sizes.turn_candidates // candidates)
+    load = _load(candidates)
     systems: dict[str, tuple[Callable[[list[TokenRow]], Any], int]] = {
         "packed": (lambda users: scorer.score_tokens(users, CPU_TOKENS), load),
         "separate": (_separate(scorer, *separate), 1),
@@ -210,10 +214,10 @@ def _scored(
     logits: dict[str, np.ndarray] = {}
     for name, (score, users) in systems.items():
         if name != "separate":  # That one is warm, and slow.
-            score(_users(users, candidates, 0))
+            score(_users(sizes.lengths, users, candidates, 0))
     for turn in range(1, 1 + sizes.turns):
         for name, (score, users) in systems.items():
-            rows = _users(users, candidates, turn)
+            rows = _users(sizes.lengths, users, candidates, turn)
             started = time.perf_counter()
             first = score(rows)[0]
             rates[name].append(users / (time.perf_counter() - started))
@@ -225,7 +229,7 @@ def _scored(
     return {
         "separate_at_once": separate,
         "users_per_s": {name: round(rate, 3) for name, rate in median.items()},
-        "of_token_ratio": round(median["packed"] / median["separate"] / _token_ratio(candidates), 3),
+        "of_token_ratio": round(median["packed"] / median["separate"] / _token_ratio(sizes.lengths, candidates), 3),
         "over_vllm": round(median["packed"] / median[f"vllm_{step_tokens}"], 2),
         "over_vllm_by_turn": [round(ratio, 2) for ratio in by_turn],
         "over_mask_in_python": round(median["packed"] / median["mask_in_python"], 2),
@@ -241,8 +245,8 @@ def _fastest(ways: dict[Way, Callable[[list[TokenRow]], Any]], users: list[Token
     return min(ways, key=lambda name: min(_seconds(ways[name], users) for _ in range(2)))
 
 
-def _token_ratio(candidates: int) -> float:
-    return candidates * (PROMPT + CANDIDATE) / (PROMPT + candidates * CANDIDATE)
+def _token_ratio(lengths: Lengths, candidates: int) -> float:
+    return candidates * (lengths.prompt + lengths.candidate) / (lengths.prompt + candidates * lengths.candidate)
 
 
 def _seconds(score: Callable[[list[TokenRow]], Any], users: list[TokenRow]) -> float:
@@ -331,15 +335,15 @@ def _trained(case: Case, sizes: Sizes) -> Figures:
             torch.nn.init.normal_(parameter, std=0.02)
     ways: dict[int, Callable[[list[TokenRow]], Any]] = {
         batch: lambda users, batch=batch: _step(ranker, batch, users[0])  # type: ignore[misc]
-        for batch in sizes.at_once
+        for batch in AT_ONCE
     }
-    at_once = _fastest(ways, _users(1, 10, 0))
+    at_once = _fastest(ways, _users(sizes.lengths, 1, 10, 0))
     seconds: dict[str, list[float]] = {"packed": [], "separate": []}
     gradients: dict[str, torch.Tensor] = {}
-    _step(ranker, None, _users(1, 10, 0)[0])
+    _step(ranker, None, _users(sizes.lengths, 1, 10, 0)[0])
     for turn in range(1, 1 + sizes.turns):
         for how, taken in seconds.items():
-            (user,) = _users(1, 10, turn)
+            (user,) = _users(sizes.lengths, 1, 10, turn)
             started = time.perf_counter()
             gradients[how] = _step(ranker, None if how == "packed" else at_once, user)
             taken.append(time.perf_counter() - started)
@@ -391,11 +395,11 @@ def _answer(child: subprocess.Popen[str]) -> Figures:
 
 
 def _peak_mib(case: Case, how: str, sizes: Sizes) -> float:
-    with _child("memory", case, sizes, how=how) as child:
+    with _child("memory", case, sizes, how=how, lengths=sizes.lengths) as child:
         return float(_answer(child)["peak_mib"])
 
 
-def _memory(folder: str, how: str) -> None:
+def _memory(folder: str, how: str, lengths: Sequence[int]) -> None:
     """Print what a training step adds to the memory of a process at its peak, which is forgotten before it."""
     config = RankerConfig.model_validate_json((Path(folder) / "ranker.json").read_text())
     ranker = model.create(config)
@@ -403,7 +407,7 @@ def _memory(folder: str, how: str) -> None:
     _step(ranker, at_once, TokenRow(prompt=[1] * 8, candidates=[[1]] * 4))  # What is loaded once counts for neither.
     Path("/proc/self/clear_refs").write_text("5")
     before = _status_kib("VmRSS")
-    _step(ranker, at_once, _users(1, 10, 0)[0])
+    _step(ranker, at_once, _users(Lengths(*lengths), 1, 10, 0)[0])
     print(json.dumps({"peak_mib": round((_status_kib("VmHWM") - before) / 1024, 1)}))
 
 

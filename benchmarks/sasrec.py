@@ -86,7 +86,7 @@ class Sizes:
 
 FULL = Sizes(users=None, shard_users=5_000, epochs=CONFIG.training.epochs, peer_minutes=None)
 QUICK = Sizes(users=2_000, shard_users=5_000, epochs=2, peer_minutes=0.2)
-SMOKE = Sizes(users=600, shard_users=200, epochs=2, peer_minutes=0.0)
+SMOKE = Sizes(users=300, shard_users=100, epochs=2, peer_minutes=0.0)
 SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
 # Ray's workers cannot import the benchmarks.

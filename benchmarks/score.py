@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks import _at_once
 from benchmarks._report import Size, parser, report, size
 from pulse_ray.config import Config
 from tests import tiny
@@ -59,16 +62,39 @@ class Sizes:
     shard_users: int
     retrieved_users: int
     """Users without candidates."""
+    retrieves_apart: bool
+    """Whether a command of its own scores the users without candidates; they are among the others if not."""
     turns: int
     turn_users: int
     """Users whose rates with one actor and with two are compared, `turns` times."""
     interval_s: float
     """Time between two looks at the driver's memory."""
+    at_once: int
+    """Commands that run at the same time. Two disturb each other's figures."""
 
 
-FULL = Sizes(users=None, shard_users=128, retrieved_users=5_000, turns=3, turn_users=10_000, interval_s=0.5)
-QUICK = Sizes(users=5_000, shard_users=128, retrieved_users=500, turns=1, turn_users=10_000, interval_s=0.5)
-SMOKE = Sizes(users=240, shard_users=8, retrieved_users=24, turns=1, turn_users=48, interval_s=0.05)
+FULL = Sizes(
+    users=None,
+    shard_users=128,
+    retrieved_users=5_000,
+    retrieves_apart=True,
+    turns=3,
+    turn_users=10_000,
+    interval_s=0.5,
+    at_once=1,
+)
+QUICK = replace(FULL, users=5_000, retrieved_users=500, turns=1)
+# A command takes many seconds to start, so that there are only three: undisturbed, killed, and once more.
+SMOKE = Sizes(
+    users=160,
+    shard_users=8,
+    retrieved_users=24,
+    retrieves_apart=False,
+    turns=0,
+    turn_users=0,
+    interval_s=0.05,
+    at_once=2,
+)
 SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
 
@@ -117,13 +143,18 @@ def _lines(name: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def write_users(path: Path, users: Sequence[tuple[str, list[str]]], rng: np.random.Generator | None) -> Path:
-    """The input of the command; with a generator, each user's newest item goes among random ones that are ranked."""
+def input_rows(users: Sequence[tuple[str, list[str]]], rng: np.random.Generator | None) -> list[dict[str, Any]]:
+    """Rows of the input; with a generator, each user's newest item goes among random ones that are ranked."""
     rows: list[dict[str, Any]] = [{"user_id": user, "history": items[:-1]} for user, items in users]
     if rng is not None:
         for row, (_, items) in zip(rows, users, strict=True):
             candidates = [items[-1], *_draw(rng, CANDIDATES - 1, without=items)]
             row["candidates"] = [str(item) for item in rng.permutation(candidates)]
+    return rows
+
+
+def write_users(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write the input of the command."""
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
 
@@ -196,16 +227,25 @@ def memory(samples: Sequence[Sample], parts: int, shard_users: int) -> dict[str,
     return {name: round(value, 2) for name, value in found.items()}
 
 
-def interrupt(job: audit.Command, undisturbed: audit.Command, rng: np.random.Generator) -> tuple[Figures, Figures]:
-    """Kills the command at a random moment and runs it again: what happened, and the bars that its output is held to.
+def interrupt(job: audit.Command, parts: int, rng: np.random.Generator) -> audit.Killed:
+    """Kill the command at a random moment, and run it again to its end.
 
     Args:
-        undisturbed: the same command's, which has finished.
+        parts: of the whole output.
     """
-    parts = len(undisturbed.parts())
     killed = audit.kill(job, int(rng.integers(int(0.2 * parts), int(0.8 * parts))))
     print(f"killed: {len(killed.committed)} of {parts} parts were committed", file=sys.stderr, flush=True)
     job.finish()
+    return killed
+
+
+def compare(job: audit.Command, undisturbed: audit.Command, killed: audit.Killed) -> tuple[Figures, Figures]:
+    """What happened when the command was killed, and the bars that its output is held to.
+
+    Args:
+        job: was killed and has finished since.
+        undisturbed: the same command's, which has finished.
+    """
     changed = sum(audit.marks(job, part) != found for part, found in killed.committed.items())
     once = all(map(audit.each_once, (undisturbed, job)))
     difference = audit.difference(job, undisturbed)
@@ -232,23 +272,39 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         config = finished_run(folder, items, sizes.shard_users)
-        users = write_users(folder / "users.parquet", everyone, rng)
-        bare = write_users(folder / "bare.parquet", without, None)
+        rows, bare_rows = input_rows(everyone, rng), input_rows(without, None)
+        if not sizes.retrieves_apart:
+            rows += bare_rows
+        users = write_users(folder / "users.parquet", rows)
+        bare = write_users(folder / "bare.parquet", bare_rows)
         some = folder / "some.parquet"
         pq.write_table(pq.read_table(users).slice(0, sizes.turn_users), some)
-        undisturbed = command(config, users, "undisturbed", 1)
-        whole = measure(undisturbed, sizes.interval_s)
-        kill, bars = interrupt(command(config, users, "killed", 2), undisturbed, rng)
-        rates: dict[int, list[float]] = {1: [], 2: []}
-        for turn in range(sizes.turns):
-            for actors, found in rates.items():
-                job = command(config, some, f"turn-{turn}-{actors}", actors)
-                found.append(measure(job, sizes.interval_s).users_per_s)
-        parts = len(undisturbed.parts())
-        retrieved = measure(command(config, bare, "retrieved", 1), sizes.interval_s)
+        undisturbed, disturbed = command(config, users, "undisturbed", 1), command(config, users, "killed", 2)
+        turns = [
+            (actors, command(config, some, f"turn-{turn}-{actors}", actors))
+            for turn in range(sizes.turns)
+            for actors in (1, 2)
+        ]
+        parts = math.ceil(len(rows) / sizes.shard_users)
+        apart = [command(config, bare, "retrieved", 1)] if sizes.retrieves_apart else []
+        look = partial(measure, interval_s=sizes.interval_s)
+        whole, killed, *others = _at_once.run(
+            [
+                partial(look, undisturbed),
+                partial(interrupt, disturbed, parts, rng),
+                *(partial(look, job) for _, job in turns),
+                *(partial(look, job) for job in apart),
+            ],
+            sizes.at_once,
+        )
+        assert len(undisturbed.parts()) == parts
+        kill, bars = compare(disturbed, undisturbed, killed)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for (actors, _), measured in zip(turns, others, strict=False):
+        rates[actors].append(measured.users_per_s)
+    retrieved = others[-1] if sizes.retrieves_apart else whole
     held = memory(whole.samples, parts, sizes.shard_users)
     growth = held["rss_end_mib"] / held["rss_begin_mib"]
-    one, two = (float(np.median(found)) for found in rates.values())
     figures = {
         "users": len(everyone),
         "source": source,
@@ -261,7 +317,7 @@ def main() -> int:
             "users": min(sizes.turn_users, len(everyone)),
             "users_per_s_with_1_actor": rates[1],
             "users_per_s_with_2_actors": rates[2],
-            "two_over_one": round(two / one, 2),
+            "two_over_one": round(float(np.median(rates[2]) / np.median(rates[1])), 2) if turns else None,
         },
         "retrieval": {
             "users": len(without),

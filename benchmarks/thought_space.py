@@ -2,7 +2,7 @@
 
     python -m benchmarks.thought_space            # MiniLM: some twenty-five minutes on two cores
     python -m benchmarks.thought_space --quick    # a few steps: the path, not the figures
-    python -m benchmarks.thought_space --smoke    # four steps of four pairs, on texts of all lengths: the same, faster
+    python -m benchmarks.thought_space --smoke    # four steps of two pairs, on texts of all lengths: the same, faster
 
 Behaviours are histories of the synthetic shop, of 4 to 20 purchases; a rationale is made of what the customer wrote of
 two purchases, drawn at random, and of the kind of the target. Both sides train two MiniLM towers on the same pairs for
@@ -71,7 +71,7 @@ class Sizes:
 
 FULL = Sizes(users=2200, turns=3, trained=960, batch_size=32, max_tokens={"texts": 256, "even_texts": 64})
 QUICK = replace(FULL, users=160, turns=1)
-SMOKE = Sizes(users=30, turns=1, trained=16, batch_size=4, max_tokens={"texts": 256})
+SMOKE = Sizes(users=20, turns=1, trained=8, batch_size=2, max_tokens={"texts": 256})
 SIZES: Mapping[Size, Sizes] = {"full": FULL, "quick": QUICK, "smoke": SMOKE}
 
 # Ray's workers cannot import the benchmarks.

@@ -26,6 +26,8 @@ OPERATIONAL = (
     "prepare.downloads",
     "prepare.preset",
     "prepare.read_cpus",
+    "prepare.read_block_kib",
+    "prepare.read_batch_rows",
     "engine.max_num_seqs",
     "engine.tensor_parallel",
     "engine.kv_cache_gb",

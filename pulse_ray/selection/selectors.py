@@ -94,8 +94,9 @@ def nearest(trees: Sequence[Tree], behaviours: Sequence[str], encoders: Encoders
     place = {text: row for row, text in enumerate(texts)}
     vectors_ND = encoders.encode("rationale", texts)
     anchors_BD = encoders.encode("history", behaviours)
+    # One product per leaf: a matrix product may round equal rows differently, and a later equal text would be chosen.
     return [
-        best(tree, (vectors_ND[[place[leaf.text] for leaf in leaves(tree)]] @ anchor_D).tolist())
+        best(tree, [float(vectors_ND[place[leaf.text]] @ anchor_D) for leaf in leaves(tree)])
         for tree, anchor_D in zip(trees, anchors_BD, strict=True)
     ]
 
